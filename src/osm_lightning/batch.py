@@ -1,0 +1,159 @@
+"""What crosses the borders between modules: one image's masks, one step's masks, one mask's name.
+
+Plain frozen dataclasses of tensors. Nothing here computes anything but a batch's own layout, and nothing knows
+where the pixels came from or what will read them.
+"""
+
+# Shape letters: I images  M masks  K masks of one image  S image side, px  G patch-grid side  T instruction ids
+# L text ids (prompt, answer, EOS)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+AGNOSTIC = 0
+"""Index of the vocabulary-agnostic mode in every list of modes."""
+
+FREE_TEXT = -1
+"""Class id of a mask whose name is free text and belongs to no vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSample:
+    """K masks of one image, after the geometry has been drawn and the text chosen.
+
+    A mask is not a picture here: it is the share that it has of every patch, and its context box. That is all the
+    model reads of it, and 1/196 of the pixels at a patch size of 14.
+    """
+
+    key: str
+    """Key of the image in its shard."""
+    dataset: str
+    """Name of the data source."""
+    image_3SS: Tensor
+    """uint8[3, S, S], RGB, padded right and bottom with zeros."""
+    coverage_KGG: Tensor
+    """float16[K, G, G], share of each patch that the mask covers, in [0, 1]."""
+    context_box_px_K4: Tensor
+    """int32[K, 4], x0, y0, x1, y1 (both ends included) of the mask's box, enlarged by the context ratio."""
+    mask_ids: tuple[str, ...]
+    """Id of each mask within its image."""
+    class_ids: tuple[int, ...]
+    """Class of each mask in its dataset's vocabulary, or FREE_TEXT."""
+    text_ids: tuple[tuple[int, ...], ...]
+    """LLM ids of each mask: prompt, then answer and EOS."""
+    prompt_tokens: tuple[int, ...]
+    """How many of each mask's text ids are the prompt."""
+    instruction_ids: tuple[tuple[int, ...], ...]
+    """Q-Former ids of each mask's instruction; empty where the Q-Former takes none."""
+
+    @property
+    def num_masks(self) -> int:
+        """Number of masks K."""
+        return len(self.mask_ids)
+
+    def take(self, num_masks: int) -> MaskSample:
+        """Keeps the first masks only, so that a quota can be met exactly."""
+        if num_masks >= self.num_masks:
+            return self
+        cut = slice(0, num_masks)
+        per_mask = {
+            field.name: getattr(self, field.name)[cut]
+            for field in fields(self)
+            if field.name not in {"key", "dataset", "image_3SS"}
+        }
+        return replace(self, **per_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskBatch:
+    """The masks of one step. Masks of one image stand together and point at it by index."""
+
+    images_I3SS: Tensor
+    """uint8[I, 3, S, S], RGB."""
+    image_index_M: Tensor
+    """int64[M], the image of each mask, ascending."""
+    coverage_MGG: Tensor
+    """float16[M, G, G], share of each patch that the mask covers."""
+    context_box_px_M4: Tensor
+    """int32[M, 4], x0, y0, x1, y1, both ends included."""
+    mode_M: Tensor
+    """int64[M], index into the model's modes; AGNOSTIC is 0."""
+    dataset_M: Tensor
+    """int64[M], index into `datasets`."""
+    class_id_M: Tensor
+    """int64[M], class in the dataset's vocabulary, or FREE_TEXT."""
+    text_ids_ML: Tensor
+    """int64[M, L], prompt, answer and EOS, padded on the right with 0."""
+    prompt_tokens_M: Tensor
+    """int64[M], how many of a row's ids are the prompt."""
+    text_tokens_M: Tensor
+    """int64[M], how many of a row's ids are not padding."""
+    instruction_ids_MT: Tensor
+    """int64[M, T], the Q-Former's instruction, padded on the right with 0; T is 0 where it takes none."""
+    instruction_tokens_M: Tensor
+    """int64[M], how many of a row's instruction ids are not padding."""
+    datasets: tuple[str, ...]
+    """Names of the data sources that `dataset_M` points at."""
+    keys: tuple[str, ...]
+    """Key of each image (I)."""
+    mask_ids: tuple[str, ...]
+    """Id of each mask within its image (M)."""
+    wait_s: float = 0.0
+    """Seconds that the step waited for this batch; set by whoever waited."""
+
+    @property
+    def num_images(self) -> int:
+        """Number of images I."""
+        return self.images_I3SS.shape[0]
+
+    @property
+    def num_masks(self) -> int:
+        """Number of masks M."""
+        return self.image_index_M.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> MaskBatch:
+        """Moves every tensor to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MaskBatch:
+        """Pins every tensor, for asynchronous copies to a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def in_mode(self, mode: int) -> MaskBatch:
+        """The same masks, all in one mode."""
+        return replace(self, mode_M=torch.full_like(self.mode_M, mode))
+
+    def _map(self, function) -> MaskBatch:  # type: ignore[no-untyped-def]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said of one mask in one mode; ids, text and probability belong together."""
+
+    name: str
+    """The generated name, as decoded, without surrounding white space."""
+    token_ids: tuple[int, ...]
+    """Generated ids before EOS."""
+    logprob: float
+    """Natural log of the probability of all generated ids, EOS included where it was generated."""
+    logprob_no_eos: float
+    """The same without EOS."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedMask:
+    """One mask and its name in every mode that was asked for."""
+
+    image: str
+    """Key of the image."""
+    mask_id: str
+    """Id of the mask within its image."""
+    answers: Mapping[str, Answer]
+    """From mode to answer."""

@@ -1,0 +1,249 @@
+"""What one shard sample holds: an image's original bytes, its segments, and the segments' pixels.
+
+A record is three members of a plain WebDataset tar: `<key>.jpg` (or `.png`, `.webp`: the original bytes, never encoded
+again), `<key>.json` (schema, size, segments) and, for annotations that do not overlap, `<key>.seg.png`, a grey PNG (8
+or 16 bit) whose pixel is the position of its segment in the JSON, counted from 1; 0 is no segment. Where segments may
+overlap they carry compressed COCO RLE in the JSON instead. Foreign records are checked when they are decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_rle
+
+SCHEMA = 1
+"""Version of the layout; a reader refuses any other."""
+
+IMAGE_ENDINGS = ("jpg", "png", "webp")
+MAX_IMAGE_PIXELS = 120_000_000
+"""Larger images are taken for decompression bombs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One mask's facts. Its pixels are the record's."""
+
+    id: str
+    """Unique within the image; the annotation's own id where it has one."""
+    class_id: int | None = None
+    """Class in the dataset's vocabulary, or None where `name` is free text."""
+    name: str | None = None
+    """Free-text name, for masks without a vocabulary; None for masks without any name."""
+    iscrowd: bool = False
+    """A crowd region: neither trained on nor counted."""
+    area_px: int = 0
+    """Pixels of the mask."""
+    bbox_xywh_px: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Tight box: x, y, width, height."""
+    rle: str | None = None
+    """Compressed COCO RLE counts, where the record has no segment map."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image and its segments, still encoded."""
+
+    key: str
+    image_bytes: bytes
+    image_ending: str
+    height_px: int
+    width_px: int
+    segments: tuple[Segment, ...]
+    segment_map_png: bytes | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the image came from: file name, licence, ids. Free form, never interpreted."""
+
+    def image(self) -> Image.Image:
+        """Decodes the image: RGB, upright, of the recorded size.
+
+        Raises:
+            ValueError: the image is broken, too large, or of another size than recorded.
+        """
+        image = decode_image(self.image_bytes, self.key)
+        if image.size != (self.width_px, self.height_px):
+            raise ValueError(
+                f"sample {self.key}: the image is {image.size[0]} x {image.size[1]} px, but its record says "
+                f"{self.width_px} x {self.height_px}. Build the shard again from its source."
+            )
+        return image
+
+    def segment_map(self) -> NDArray[np.uint16] | None:
+        """uint16[H, W], position of each pixel's segment from 1, 0 for none; None where segments carry RLE.
+
+        Raises:
+            ValueError: the map is not a grey PNG of the recorded size, or points at no segment.
+        """
+        if self.segment_map_png is None:
+            return None
+        try:
+            with Image.open(io.BytesIO(self.segment_map_png), formats=("PNG",)) as png:
+                mode, size = png.mode, png.size
+                if size != (self.width_px, self.height_px) or mode not in {"L", "I", "I;16"}:
+                    raise ValueError(
+                        f"sample {self.key}: the segment map is {mode} {size[0]} x {size[1]} px; it must be a grey PNG "
+                        f"(8 or 16 bit) of {self.width_px} x {self.height_px} px. Build the shard again."
+                    )
+                array = np.asarray(png).astype(np.uint16)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"sample {self.key}: the segment map cannot be decoded ({error}).") from error
+        if array.max(initial=0) > len(self.segments):
+            raise ValueError(
+                f"sample {self.key}: the segment map points at segment {array.max()}, but there are "
+                f"{len(self.segments)}. Build the shard again."
+            )
+        return array
+
+    def mask(self, index: int, segment_map: NDArray[np.uint16] | None = None) -> NDArray[np.bool_]:
+        """bool[H, W], one segment's pixels.
+
+        Args:
+            index: position of the segment.
+            segment_map: what `segment_map()` returned, so that many masks decode it once.
+        """
+        rle = self.segments[index].rle
+        if rle is not None:
+            return decode_rle(rle, self.height_px, self.width_px)
+        decoded = self.segment_map() if segment_map is None else segment_map
+        if decoded is None:
+            raise ValueError(f"sample {self.key}: segment {self.segments[index].id} has neither RLE nor a segment map.")
+        return decoded == index + 1
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decodes an image of any mode (grey, palette, CMYK, 16 bit, alpha, EXIF rotation) to upright 8-bit RGB.
+
+    Raises:
+        ValueError: the bytes are not a JPEG, PNG or WebP that can be decoded in full, or the image is too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise ValueError(
+                    f"image {name} is {image.width} x {image.height} px; more than {MAX_IMAGE_PIXELS:,} pixels are "
+                    "refused as a decompression bomb. Shrink it first."
+                )
+            if image.mode in {"I", "I;16", "I;16B"}:
+                grey = np.asarray(image).astype(np.float32) / 257.0
+                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            return upright.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {name} cannot be decoded ({error}). Replace the file.") from error
+
+
+def encode_rle(mask: NDArray[np.bool_]) -> str:
+    """Compressed COCO RLE counts of bool[H, W]."""
+    return coco_rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode("ascii")
+
+
+def decode_rle(counts: str, height_px: int, width_px: int) -> NDArray[np.bool_]:
+    """bool[H, W] of compressed COCO RLE counts.
+
+    Raises:
+        ValueError: the runs do not fill the picture exactly.
+    """
+    rle = {"size": [height_px, width_px], "counts": counts.encode("ascii")}
+    try:
+        return coco_rle.decode(rle).astype(bool)
+    except ValueError as error:
+        raise ValueError(f"an RLE mask does not fill {width_px} x {height_px} px ({error}).") from error
+
+
+def box_of(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Tight x, y, width, height of bool[H, W]; all zero for an empty mask."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if rows.size == 0:
+        return (0, 0, 0, 0)
+    x, y = int(columns[0]), int(rows[0])
+    return (x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1)
+
+
+def encode_segment_map(segment_map: NDArray[np.uint16]) -> bytes:
+    """Grey PNG of uint16[H, W], with 8 bits where they are enough."""
+    narrow = segment_map.astype(np.uint8) if segment_map.max(initial=0) < 256 else segment_map
+    out = io.BytesIO()
+    Image.fromarray(narrow).save(out, format="PNG", optimize=True)
+    return out.getvalue()
+
+
+def encode(record: Record) -> dict[str, bytes]:
+    """A record as tar members, from ending to bytes, in the order in which they are written."""
+    segments = []
+    for segment in record.segments:
+        row: dict[str, Any] = {"id": segment.id, "area_px": segment.area_px, "bbox_xywh_px": segment.bbox_xywh_px}
+        if segment.class_id is not None:
+            row["class_id"] = segment.class_id
+        if segment.name is not None:
+            row["name"] = segment.name
+        if segment.iscrowd:
+            row["iscrowd"] = True
+        if segment.rle is not None:
+            row["rle"] = segment.rle
+        segments.append(row)
+    meta = {
+        "schema": SCHEMA,
+        "height_px": record.height_px,
+        "width_px": record.width_px,
+        "segments": segments,
+        "source": dict(record.source),
+    }
+    members = {record.image_ending: record.image_bytes}
+    members["json"] = json.dumps(meta, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    if record.segment_map_png is not None:
+        members["seg.png"] = record.segment_map_png
+    return members
+
+
+def decode(key: str, members: Mapping[str, bytes]) -> Record:
+    """A record from its tar members; pixels stay encoded.
+
+    Raises:
+        ValueError: a member is missing, the JSON is not a record of this schema, or the segments have no pixels.
+    """
+    ending = next((e for e in IMAGE_ENDINGS if e in members), None)
+    if ending is None or "json" not in members:
+        raise ValueError(
+            f"sample {key}: it holds {sorted(members)}, but a record needs .json and one of "
+            f"{', '.join('.' + e for e in IMAGE_ENDINGS)}. Was the shard cut off? `osm shards build` makes it again."
+        )
+    try:
+        meta = json.loads(members["json"])
+        if meta["schema"] != SCHEMA:
+            raise ValueError(f"schema {meta['schema']}, but this version reads schema {SCHEMA}")
+        segments = tuple(_segment(row) for row in meta["segments"])
+        record = Record(
+            key=key,
+            image_bytes=members[ending],
+            image_ending=ending,
+            height_px=int(meta["height_px"]),
+            width_px=int(meta["width_px"]),
+            segments=segments,
+            segment_map_png=members.get("seg.png"),
+            source=meta.get("source", {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.") from error
+    if record.segment_map_png is None and any(segment.rle is None for segment in segments):
+        raise ValueError(f"sample {key}: a segment has no RLE and there is no .seg.png. Build the shard again.")
+    return record
+
+
+def _segment(row: Mapping[str, Any]) -> Segment:
+    box: Sequence[int] = row["bbox_xywh_px"]
+    return Segment(
+        id=str(row["id"]),
+        class_id=None if row.get("class_id") is None else int(row["class_id"]),
+        name=row.get("name"),
+        iscrowd=bool(row.get("iscrowd", False)),
+        area_px=int(row["area_px"]),
+        bbox_xywh_px=(int(box[0]), int(box[1]), int(box[2]), int(box[3])),
+        rle=row.get("rle"),
+    )
