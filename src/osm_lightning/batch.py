@@ -9,7 +9,7 @@ where the pixels came from or what will read them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -17,6 +17,12 @@ from torch import Tensor
 
 AGNOSTIC = 0
 """Index of the vocabulary-agnostic mode in every list of modes."""
+
+AGNOSTIC_NAME = "agnostic"
+"""Name of that mode."""
+
+MODE_ALIASES = {"any": AGNOSTIC_NAME}
+"""Other names of modes: the released code calls the agnostic one `any`."""
 
 FREE_TEXT = -1
 """Class id of a mask whose name is free text and belongs to no vocabulary."""
@@ -128,7 +134,7 @@ class MaskBatch:
         """The same masks, all in one mode."""
         return replace(self, mode_M=torch.full_like(self.mode_M, mode))
 
-    def _map(self, function) -> MaskBatch:  # type: ignore[no-untyped-def]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MaskBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
@@ -157,3 +163,29 @@ class NamedMask:
     """Id of the mask within its image."""
     answers: Mapping[str, Answer]
     """From mode to answer."""
+
+
+def mode_names(names: Sequence[str]) -> tuple[str, ...]:
+    """All modes in the order of their indices: agnostic first, then the given ones.
+
+    Raises:
+        ValueError: a name stands twice, or is one of the agnostic mode's.
+    """
+    for name in names:
+        if name in {AGNOSTIC_NAME, *MODE_ALIASES}:
+            raise ValueError(f"model.modes names {name!r}, which every model has by itself: leave it out.")
+        if list(names).count(name) > 1:
+            raise ValueError(f"model.modes names {name!r} twice: each mode has one query.")
+    return (AGNOSTIC_NAME, *names)
+
+
+def mode_index(name: str, modes: Sequence[str]) -> int:
+    """Index of a mode by its name.
+
+    Raises:
+        ValueError: the model has no such mode.
+    """
+    known = MODE_ALIASES.get(name, name)
+    if known not in modes:
+        raise ValueError(f"mode {name!r} is not one of this model's ({', '.join(modes)}). Use one of these.")
+    return tuple(modes).index(known)

@@ -1,0 +1,131 @@
+"""Sizes and switches of the model. Defaults are the paper's; everything smaller is a config overlay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class VisionConfig:
+    """The frozen vision tower and how a high-resolution image goes through it (Sec. 3.2)."""
+
+    tower: Literal["open_clip", "dinov2"] = "open_clip"
+    """Library and family of the tower: an open_clip model, or transformers' Dinov2."""
+    name: str = "EVA01-g-14"
+    """open_clip's model name, or the folder or hub id of a Dinov2."""
+    pretrained: str | None = None
+    """open_clip's pretrained tag, or a local weight file. None leaves the weights random."""
+    architecture: dict[str, Any] | None = None
+    """Arguments of transformers' Dinov2Config: random weights of these sizes in place of `name`."""
+    image_size_px: int = 1120
+    """Side of the square input. A multiple of the window size."""
+    window_size_px: int = 224
+    """Side of a window; the size at which the tower was pre-trained."""
+    use_windows: bool = True
+    """False feeds the whole image at once, with interpolated positions: the paper's ablation."""
+    patch_size_px: int = 14
+    """Side of the tower's patches. Checked against the tower."""
+    hidden_layer: int | None = None
+    """Blocks to run; the output of the last of them is used. None runs all."""
+    norm: Literal["final", "plain", "none"] = "final"
+    """On the tower's output: its own final LayerNorm, one without learnt weights, or none."""
+    position_std: float = 1.0
+    """Standard deviation of the learnt global position at the start (released: 1)."""
+    dtype: Precision = "float32"
+    """Precision of the frozen weights."""
+    windows_per_chunk: int = 32
+    """Windows that go through the tower together; bounds its memory."""
+
+    @property
+    def grid_side(self) -> int:
+        """Patches along a side of the image (G)."""
+        return self.image_size_px // self.patch_size_px
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of an image (W), each with a CLS token."""
+        return (self.image_size_px // self.window_size_px) ** 2 if self.use_windows else 1
+
+    def check(self) -> None:
+        """Checks what must divide what.
+
+        Raises:
+            ValueError: a size does not fit another.
+        """
+        if self.window_size_px % self.patch_size_px:
+            raise ValueError(
+                f"vision.window_size_px is {self.window_size_px}, but must be a multiple of patch_size_px "
+                f"({self.patch_size_px}), so that windows hold whole patches."
+            )
+        unit = self.window_size_px if self.use_windows else self.patch_size_px
+        if self.image_size_px < unit or self.image_size_px % unit:
+            raise ValueError(
+                f"vision.image_size_px is {self.image_size_px}, but must be a multiple of {unit}, so that the image is "
+                f"covered exactly. Use {max(1, round(self.image_size_px / unit)) * unit}."
+            )
+
+
+@dataclass
+class QFormerConfig:
+    """MaskQ-Former (Sec. 3.3). The defaults are InstructBLIP's Q-Former with mask and mode queries added."""
+
+    num_layers: int = 12
+    """Layers."""
+    width: int = 768
+    """Hidden width (D)."""
+    num_heads: int = 12
+    """Attention heads."""
+    ffn_width: int = 3072
+    """Inner width of the feed-forward parts."""
+    num_queries: int = 32
+    """Mask queries, and as many context queries (Q)."""
+    cross_attention_every: int = 2
+    """Every n-th layer, from the first, looks at the image."""
+    context: float | Literal["global", "none"] = 0.5
+    """What context queries see: the mask's box enlarged by this share of its size on each side, the whole image, or no
+    context queries at all."""
+    mode_query: bool = True
+    """False leaves out the mode, in the Q-Former and in the LLM's input."""
+    instruction_tokenizer: str | None = None
+    """Tokenizer of the instruction that the Q-Former reads: a folder, a hub id, or `builtin:SIZE`. None: it reads none."""
+    instruction_vocabulary: int = 30523
+    """Rows of the instruction's embedding. Checked against the tokenizer."""
+    max_instruction_tokens: int = 512
+    """Positions of the instruction's embedding."""
+    dropout: float = 0.1
+    """Dropout after embeddings, attention and feed-forward parts, and of attention weights."""
+    layer_norm_eps: float = 1e-12
+    """Epsilon of every LayerNorm."""
+
+    @property
+    def has_context(self) -> bool:
+        """Whether there are context queries."""
+        return self.context != "none"
+
+    def check(self) -> None:
+        """Checks what must divide what.
+
+        Raises:
+            ValueError: a size does not fit another.
+        """
+        if self.width % self.num_heads:
+            raise ValueError(f"qformer.width is {self.width}, but must be a multiple of num_heads ({self.num_heads}).")
+        if isinstance(self.context, float | int) and self.context < 0:
+            raise ValueError(f"qformer.context is {self.context}; give a share >= 0, or 'global' for the whole image.")
+
+
+@dataclass
+class LanguageConfig:
+    """The frozen LLM: any decoder-only causal LM of transformers (Sec. 3.1)."""
+
+    name: str = "weights/vicuna-7b-v1.1"
+    """Folder or hub id."""
+    tokenizer: str | None = None
+    """Folder, hub id or `builtin:SIZE`; None takes the LLM's own."""
+    architecture: dict[str, Any] | None = None
+    """Arguments of transformers' LlamaConfig: random weights of these sizes in place of `name`."""
+    dtype: Precision = "bfloat16"
+    """Precision of the frozen weights."""

@@ -1,0 +1,73 @@
+"""What it means that a part is frozen: no gradient, always in `eval`, and an identity that checkpoints remember."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Self, TypeVar
+
+import torch
+from torch import nn
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+SAMPLES = 64
+"""Values of each tensor that go into a fingerprint: enough to tell weights apart, and quick for 7 B of them."""
+
+
+def freeze(module: ModuleT) -> ModuleT:
+    """Turns off gradients and switches to `eval`, where `OwnsFrozen` keeps it."""
+    module.requires_grad_(False)
+    return module.eval()
+
+
+class OwnsFrozen(nn.Module):
+    """A module with frozen parts that stay in `eval` when it is switched to training.
+
+    Trainers call `train()` on the whole tree again and again; dropout in a frozen part must stay off.
+    """
+
+    frozen_parts: tuple[str, ...] = ()
+    """Names of the attributes that are frozen."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches everything but the frozen parts."""
+        super().train(mode)
+        for name in self.frozen_parts:
+            self.get_submodule(name).eval()
+        return self
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Identity of a module's weights: a hash over names, shapes and evenly spaced values as bfloat16.
+
+    The same weights held in another precision (float32 or bfloat16) have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        values = flat[::step][:SAMPLES].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """From a precision's name in a config to torch's."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def is_local(name: str) -> bool:
+    """Whether a name of weights can only mean a place on disk: it begins with a dot, a slash, or `weights/`."""
+    return name.startswith((".", "/", "~", "weights/"))
+
+
+def missing_weights(setting: str, name: str) -> None:
+    """Refuses a local folder or file of weights that is not there.
+
+    Raises:
+        ValueError: naming the setting, the path, and the command that makes it.
+    """
+    if is_local(name) and not Path(name).expanduser().exists():
+        raise ValueError(f"{setting} is {name!r}, but there is no such file or folder.")

@@ -1,0 +1,79 @@
+"""The frozen LLM: reads [mask tokens, mode, text] and says what comes next (Sec. 3.1).
+
+Gradients go through it, never into it. The vocabulary projection runs on the positions that are asked for and no
+others. How tokens are chosen is `naming/`'s business.
+"""
+
+# M masks  P asked positions  Q mask tokens  L text ids  X positions of the LLM  V vocabulary  Z LLM width
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from osm_lightning.model.config import LanguageConfig
+from osm_lightning.model.frozen import OwnsFrozen, freeze, missing_weights, torch_dtype
+
+
+class LanguageModel(OwnsFrozen):
+    """Any decoder-only causal LM of transformers, frozen."""
+
+    frozen_parts = ("llm",)
+
+    def __init__(self, config: LanguageConfig) -> None:
+        """Loads the weights.
+
+        Raises:
+            ValueError: the weights are missing.
+        """
+        super().__init__()
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+        dtype = torch_dtype(config.dtype)
+        if config.architecture is not None:
+            model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture)).to(dtype)
+        else:
+            missing_weights("language.name", config.name)
+            model = AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+        self.llm = freeze(cast("nn.Module", model))
+        self.width = int(model.get_input_embeddings().embedding_dim)
+        self.vocabulary_size = int(model.get_output_embeddings().out_features)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights."""
+        return cast("torch.dtype", cast("Any", self.llm).dtype)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64[..] -> [.., Z], in the LLM's precision."""
+        return cast("Tensor", cast("Any", self.llm).get_input_embeddings()(ids))
+
+    def hidden(self, inputs_MXZ: Tensor, cache: Any = None, position_ids_MX: Tensor | None = None) -> Tensor:
+        """Runs the decoder over embeddings.
+
+        Rows may be padded on the right without a mask: attention is causal, so that nothing before the padding sees it.
+
+        Args:
+            inputs_MXZ: float[M, X, Z].
+            cache: a transformers cache, extended in place; None keeps nothing.
+            position_ids_MX: int64[M, X]; None counts on from the cache.
+
+        Returns:
+            [M, X, Z], in the LLM's precision.
+        """
+        decoder = cast("Any", self.llm).get_decoder()
+        with torch.autocast(inputs_MXZ.device.type, enabled=False):
+            out = decoder(
+                inputs_embeds=inputs_MXZ.to(self.dtype),
+                past_key_values=cache,
+                use_cache=cache is not None,
+                position_ids=position_ids_MX,
+            )
+        return cast("Tensor", out.last_hidden_state)
+
+    def logits(self, hidden_PZ: Tensor) -> Tensor:
+        """[P, Z] -> float32[P, V]."""
+        with torch.autocast(hidden_PZ.device.type, enabled=False):
+            return cast("Tensor", cast("Any", self.llm).get_output_embeddings()(hidden_PZ)).float()

@@ -1,0 +1,135 @@
+"""OSM: a frozen vision tower, MaskQ-Former, a projection and a frozen LLM, put together (Sec. 3).
+
+Composition only. Images are encoded once (`encode`); their masks are turned into tokens in any number of modes
+(`mask_tokens`); the LLM reads them with the text (`forward` in training, `naming/` afterwards). No state is kept.
+"""
+
+# I images  M masks  S image side, px  N image tokens  Q queries per set  A all queries  L text ids  X LLM positions
+# P supervised tokens  V LLM vocabulary  D Q-Former width  Z LLM width
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from osm_lightning.batch import MaskBatch
+from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from osm_lightning.model.frozen import fingerprint
+from osm_lightning.model.language import LanguageModel
+from osm_lightning.model.modes import Modes
+from osm_lightning.model.qformer import KeysValues, MaskQFormer
+from osm_lightning.model.visibility import Grid, visibility
+from osm_lightning.model.vision import VisionEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImages:
+    """What masks need of their images: keys and values of every Q-Former layer that looks at them."""
+
+    keys_values: list[KeysValues | None]
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerLogits:
+    """Predictions of the supervised tokens, and nothing of the others."""
+
+    logits_PV: Tensor
+    """float32[P, V]."""
+    target_P: Tensor
+    """int64[P], the ids that are to be predicted."""
+    mask_index_P: Tensor
+    """int64[P], the mask that each belongs to."""
+
+
+class OSM(nn.Module):
+    """Names the content of masks."""
+
+    def __init__(
+        self, vision: VisionConfig, qformer: QFormerConfig, language: LanguageConfig, modes: Sequence[str]
+    ) -> None:
+        """Builds all parts and loads the frozen ones.
+
+        Args:
+            vision: vision tower and input size.
+            qformer: MaskQ-Former and its queries.
+            language: LLM.
+            modes: modes of the vocabularies, beside the agnostic one.
+
+        Raises:
+            ValueError: weights are missing, or sizes don't fit.
+        """
+        super().__init__()
+        self.vision = VisionEncoder(vision)
+        self.qformer = MaskQFormer(qformer, self.vision.width)
+        self.language = LanguageModel(language)
+        self.projection = nn.Linear(qformer.width, self.language.width)
+        self.modes = Modes(modes, qformer.width, self.language.width)
+        if not qformer.mode_query:
+            self.modes.requires_grad_(False)
+        self.grid = Grid.of(vision)
+
+    def encode(self, images_I3SS: Tensor) -> EncodedImages:
+        """uint8[I, 3, S, S] -> what any number of masks of these images need."""
+        return EncodedImages(self.qformer.image_keys_values(self.vision(images_I3SS)))
+
+    def mask_tokens(self, images: EncodedImages, batch: MaskBatch) -> Tensor:
+        """What the LLM reads of each mask, before the text.
+
+        Args:
+            images: what `encode` made of the batch's images.
+            batch: masks, modes and instructions.
+
+        Returns:
+            float[M, Q + 1, Z], projected mask tokens, then the mode's embedding (where there are modes).
+        """
+        config = self.qformer.config
+        query_MD, mode_MZ = self.modes(batch.mode_M)
+        hidden_MAD = self.qformer(
+            self.qformer.queries(query_MD if config.mode_query else None, batch.num_masks),
+            images.keys_values,
+            batch.image_index_M,
+            visibility(batch.coverage_MGG, batch.context_box_px_M4, self.grid, config),
+            batch.instruction_ids_MT,
+            batch.instruction_tokens_M,
+        )
+        tokens_MQZ = self.projection(hidden_MAD[:, : config.num_queries])
+        if not config.mode_query:
+            return tokens_MQZ
+        return torch.cat([tokens_MQZ, mode_MZ.unsqueeze(1).to(tokens_MQZ.dtype)], dim=1)
+
+    def forward(self, batch: MaskBatch, supervise_prompt: bool = False) -> AnswerLogits:
+        """Predicts every mask's answer, given its image, mask, mode and prompt.
+
+        Args:
+            batch: masks with prompt and answer.
+            supervise_prompt: predict the prompt's tokens too (released behaviour); the paper's loss is on the answer.
+
+        Returns:
+            Logits of the supervised tokens: answer and EOS, in the order of the batch.
+        """
+        prefix_MQZ = self.mask_tokens(self.encode(batch.images_I3SS), batch)
+        text_MLZ = self.language.embed(batch.text_ids_ML)
+        hidden_MXZ = self.language.hidden(torch.cat([prefix_MQZ.to(text_MLZ.dtype), text_MLZ], dim=1))
+        position_L = torch.arange(batch.text_ids_ML.shape[1], device=batch.text_ids_ML.device)
+        supervised_ML = position_L < batch.text_tokens_M[:, None]
+        if not supervise_prompt:
+            supervised_ML &= position_L >= batch.prompt_tokens_M[:, None]
+        mask_index_P, text_index_P = supervised_ML.nonzero(as_tuple=True)
+        # The token at text position t is predicted from the position before it.
+        before_P = prefix_MQZ.shape[1] + text_index_P - 1
+        return AnswerLogits(
+            logits_PV=self.language.logits(hidden_MXZ[mask_index_P, before_P]),
+            target_P=batch.text_ids_ML[mask_index_P, text_index_P],
+            mask_index_P=mask_index_P,
+        )
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of what is trained: position, queries, Q-Former, modes, projection."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def frozen_identity(self) -> dict[str, str]:
+        """Fingerprints of the frozen parts, so that a checkpoint can tell whether it meets the same ones."""
+        return {"vision": fingerprint(self.vision.tower), "language": fingerprint(self.language.llm)}
