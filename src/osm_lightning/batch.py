@@ -56,11 +56,17 @@ class MaskSample:
     """How many of each mask's text ids are the prompt."""
     instruction_ids: tuple[tuple[int, ...], ...]
     """Q-Former ids of each mask's instruction; empty where the Q-Former takes none."""
+    num_vanished: int = 0
+    """Masks of the image that the geometry left too few pixels of."""
 
     @property
     def num_masks(self) -> int:
         """Number of masks K."""
         return len(self.mask_ids)
+
+    def with_vanished(self, num_vanished: int) -> MaskSample:
+        """The same sample, with the number of masks that were lost."""
+        return replace(self, num_vanished=num_vanished)
 
     def take(self, num_masks: int) -> MaskSample:
         """Keeps the first masks only, so that a quota can be met exactly."""
@@ -70,7 +76,7 @@ class MaskSample:
         per_mask = {
             field.name: getattr(self, field.name)[cut]
             for field in fields(self)
-            if field.name not in {"key", "dataset", "image_3SS"}
+            if field.name not in {"key", "dataset", "image_3SS", "num_vanished"}
         }
         return replace(self, **per_mask)
 
@@ -109,8 +115,8 @@ class MaskBatch:
     """Key of each image (I)."""
     mask_ids: tuple[str, ...]
     """Id of each mask within its image (M)."""
-    wait_s: float = 0.0
-    """Seconds that the step waited for this batch; set by whoever waited."""
+    num_vanished: int = 0
+    """Masks of these images that the geometry left too few pixels of, and that are therefore not here."""
 
     @property
     def num_images(self) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pycocotools import mask as coco_rle
+
+from osm_lightning.rle import decode_rle
 
 SCHEMA = 1
 """Version of the layout; a reader refuses any other."""
@@ -110,7 +111,10 @@ class Record:
         """
         rle = self.segments[index].rle
         if rle is not None:
-            return decode_rle(rle, self.height_px, self.width_px)
+            try:
+                return decode_rle(rle, self.height_px, self.width_px)
+            except ValueError as error:
+                raise ValueError(f"sample {self.key}: segment {self.segments[index].id} {error}.") from error
         decoded = self.segment_map() if segment_map is None else segment_map
         if decoded is None:
             raise ValueError(f"sample {self.key}: segment {self.segments[index].id} has neither RLE nor a segment map.")
@@ -130,31 +134,13 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                     f"image {name} is {image.width} x {image.height} px; more than {MAX_IMAGE_PIXELS:,} pixels are "
                     "refused as a decompression bomb. Shrink it first."
                 )
-            if image.mode in {"I", "I;16", "I;16B"}:
-                grey = np.asarray(image).astype(np.float32) / 257.0
-                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
             upright = ImageOps.exif_transpose(image)
+            if upright.mode in {"I", "I;16", "I;16B"}:
+                grey = np.asarray(upright).astype(np.float32) / 257.0
+                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
             return upright.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {name} cannot be decoded ({error}). Replace the file.") from error
-
-
-def encode_rle(mask: NDArray[np.bool_]) -> str:
-    """Compressed COCO RLE counts of bool[H, W]."""
-    return coco_rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode("ascii")
-
-
-def decode_rle(counts: str, height_px: int, width_px: int) -> NDArray[np.bool_]:
-    """bool[H, W] of compressed COCO RLE counts.
-
-    Raises:
-        ValueError: the runs do not fill the picture exactly.
-    """
-    rle = {"size": [height_px, width_px], "counts": counts.encode("ascii")}
-    try:
-        return coco_rle.decode(rle).astype(bool)
-    except ValueError as error:
-        raise ValueError(f"an RLE mask does not fill {width_px} x {height_px} px ({error}).") from error
 
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

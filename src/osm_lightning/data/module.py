@@ -1,0 +1,217 @@
+"""The LightningDataModule: which sources there are, and loaders for fit, validation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch.utils.data import DataLoader, Dataset
+
+from osm_lightning.batch import MaskBatch, MaskSample, mode_index, mode_names
+from osm_lightning.data.collate import collate
+from osm_lightning.data.geometry import Context
+from osm_lightning.data.mixture import Mixture, Source
+from osm_lightning.data.sample import Labels, View, whole_sample
+from osm_lightning.data.stream import Share, ShardSet
+from osm_lightning.data.text import TextCodec
+from osm_lightning.datasets import DATASETS, ignored_ids
+from osm_lightning.record import Record
+from osm_lightning.vocabulary import load_vocabulary
+
+
+@dataclass
+class SourceConfig:
+    """One data source. Its key in `data.sources` names it in logs, and its mode unless `mode` does."""
+
+    shards: str
+    """Shard folder, with its index.json."""
+    train: str | None = "train"
+    """Split to train on; None leaves the source out of the mixture."""
+    val: str | None = "val"
+    """Split to validate on; None leaves it out of validation."""
+    quota: int | None = None
+    """Masks per step and process; None takes the dataset table's, or 4."""
+    mode: str | None = None
+    """The mode that stands for its vocabulary; None takes the source's key."""
+    vocabulary: str | None = None
+    """Key or TSV; None takes what the shards say."""
+    weight: float = 1.0
+    """Weight of its part of the loss."""
+
+
+class Whole(Dataset[MaskSample]):
+    """Records by position, each with all its masks."""
+
+    def __init__(self, records: Any, labels: Labels, view: View, codec: TextCodec, keep_vanished: bool = False) -> None:
+        self.records, self.labels, self.view, self.codec = records, labels, view, codec
+        self.keep_vanished = keep_vanished
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, position: int) -> MaskSample:
+        return whole_sample(self.records[position], self.labels, self.view, self.codec, self.keep_vanished)
+
+
+class EpochLoader(DataLoader[MaskBatch]):
+    """A loader that gives its mixture the next epoch number whenever it is iterated anew."""
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        mixture = self.dataset
+        assert isinstance(mixture, Mixture)
+        mixture.epoch += 1
+        return iterator
+
+
+class OSMData(lightning.LightningDataModule):
+    """Masks of any number of data sources: mixed for training, all of each for validation."""
+
+    def __init__(
+        self,
+        sources: dict[str, SourceConfig],
+        tokenizer: str,
+        instruction_tokenizer: str | None = None,
+        modes: Sequence[str] = (),
+        image_size_px: int = 1120,
+        patch_size_px: int = 14,
+        context: Context = 0.5,
+        masks_per_image: int = 1,
+        agnostic_share: float = 0.5,
+        masks_per_epoch: int = 6_000_000,
+        scale: tuple[float, float] = (0.5, 1.5),
+        min_mask_px: int = 100,
+        images_per_val_batch: int = 1,
+        num_workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        """Remembers the settings; nothing is opened before `setup`.
+
+        Args:
+            sources: data sources by name.
+            tokenizer: the LLM's tokenizer (linked to the model's).
+            instruction_tokenizer: the Q-Former's (linked to the model's).
+            modes: modes of the model, beside the agnostic one (linked to the model's).
+            image_size_px: side of the input (linked to the model's).
+            patch_size_px: side of a patch (linked to the model's).
+            context: context ratio (linked to the model's).
+            masks_per_image: masks that an image gives to a step at most (K). The paper and the released code use 1;
+                more make a step cheaper per mask.
+            agnostic_share: share of every source's masks that is trained in the agnostic mode.
+            masks_per_epoch: masks of an epoch, over all sources and processes.
+            scale: range of the long side in training, as a share of the input's.
+            min_mask_px: masks of no more pixels than this after the crop are skipped in training.
+            images_per_val_batch: images of a validation or prediction batch, each with all its masks.
+            num_workers: processes that prepare batches.
+            seed: seed of shuffling, augmentation and prompts.
+        """
+        super().__init__()
+        self.sources = sources
+        self.modes = mode_names(modes)
+        self.tokenizer, self.instruction_tokenizer = tokenizer, instruction_tokenizer
+        self.view = View(image_size_px, patch_size_px, context, scale, min_mask_px)
+        self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
+        self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
+        self.num_workers, self.seed = num_workers, seed
+        self.predicted: Sequence[Record] | None = None
+        if masks_per_image < 1:
+            raise ValueError(f"data.masks_per_image is {masks_per_image}, but must be at least 1.")
+
+    @property
+    def codec(self) -> TextCodec:
+        """Both tokenizers; loaded on first use."""
+        if not hasattr(self, "_codec"):
+            self._codec = TextCodec(self.tokenizer, self.instruction_tokenizer)
+        return self._codec
+
+    @property
+    def rank(self) -> Share:
+        """This process among all of the trainer's."""
+        return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
+
+    def labels(self, name: str, split: str | None = None) -> Labels:
+        """What the names of a source mean."""
+        return self._open(name, split or self.sources[name].val or self.sources[name].train or "")[0]
+
+    def val_names(self) -> tuple[str, ...]:
+        """Sources that are validated, in the order of the loaders."""
+        return tuple(name for name, source in self.sources.items() if source.val is not None)
+
+    def train_dataloader(self) -> EpochLoader:
+        """The mixture.
+
+        Raises:
+            ValueError: a quota that the mode halves don't divide, an unknown mode, or missing shards.
+        """
+        sources = [self._source(name) for name, config in self.sources.items() if config.train is not None]
+        if not sources:
+            raise ValueError("data.sources holds nothing to train on: give at least one source a `train` split.")
+        per_step = sum(source.quota for source in sources) * self.rank.count
+        mixture = Mixture(
+            sources,
+            self.view,
+            self.codec,
+            masks_per_image=self.masks_per_image,
+            agnostic_share=self.agnostic_share,
+            num_batches=max(1, self.masks_per_epoch // per_step),
+            seed=self.seed,
+            rank=self.rank,
+        )
+        return EpochLoader(mixture, batch_size=None, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> list[DataLoader[MaskBatch]]:
+        """One loader per source: all masks of every image of its `val` split, split by rank without padding."""
+        loaders = []
+        for name in self.val_names():
+            labels, shards = self._open(name, self.sources[name].val or "")
+            loaders.append(self._whole(Whole(shards, labels, self.view, self.codec)))
+        return loaders
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader[MaskBatch]:
+        """All masks of the records in `predicted`, in their order.
+
+        Raises:
+            ValueError: there are no records.
+        """
+        if self.predicted is None:
+            raise ValueError("there is nothing to predict: give --images and --masks.")
+        return self._whole(Whole(self.predicted, Labels("predicted"), self.view, self.codec, keep_vanished=True))
+
+    def _whole(self, dataset: Whole) -> DataLoader[MaskBatch]:
+        mine = range(self.rank.index, len(dataset), self.rank.count)
+        return DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=self.images_per_val_batch,
+            sampler=mine,
+            num_workers=self.num_workers,
+            collate_fn=partial(collate, datasets=(dataset.labels.dataset,)),
+        )
+
+    def _source(self, name: str) -> Source:
+        config = self.sources[name]
+        labels, shards = self._open(name, config.train or "")
+        quota = config.quota
+        if quota is None:
+            quota = DATASETS[shards.index.dataset].quota if shards.index.dataset in DATASETS else 4
+        if quota < 1 or abs(quota * self.agnostic_share - round(quota * self.agnostic_share)) > 1e-9:
+            raise ValueError(
+                f"data.sources.{name}.quota is {quota}, but a quota must be a whole number of masks of which "
+                f"data.agnostic_share ({self.agnostic_share}) is whole too: that part is named with the agnostic mode, "
+                f"the rest with its own. Use {max(2, quota + quota % 2)}, or set data.agnostic_share to 0."
+            )
+        return Source(labels, shards, quota, mode_index(config.mode or name, self.modes))
+
+    def _open(self, name: str, split: str) -> tuple[Labels, ShardSet]:
+        config = self.sources[name]
+        shards = ShardSet(Path(config.shards), split)
+        key = config.vocabulary or shards.index.vocabulary
+        if key is not None and (shards.folder / key).is_file():
+            key = str(shards.folder / key)
+        vocabulary = None if key is None else load_vocabulary(key)
+        return Labels(name, vocabulary, ignored_ids(shards.index.dataset)), shards

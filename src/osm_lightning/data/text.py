@@ -1,0 +1,146 @@
+"""Text to ids and back: prompts and answers for the LLM, instructions for the Q-Former.
+
+The only place that knows tokenizers. A (question, name) pair is tokenised once and remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
+from osm_lightning.vocabulary import load_vocabulary
+
+BUILTIN = "builtin:"
+"""Prefix of the tokenizer that needs no file: byte-level BPE over the shipped names and questions."""
+
+BUILTIN_CORPUS = ("coco", "ade20k", "cityscapes")
+"""Vocabularies whose names the built-in tokenizer is trained on."""
+
+
+class Text(NamedTuple):
+    """One mask's text as ids."""
+
+    text_ids: tuple[int, ...]
+    """Prompt, answer and EOS."""
+    prompt_tokens: int
+    """How many of them are the prompt."""
+    instruction_ids: tuple[int, ...]
+    """The Q-Former's reading of the prompt; empty where it takes none."""
+
+
+class TextCodec:
+    """Both tokenizers, and the rules of how text is put together."""
+
+    def __init__(self, tokenizer: str, instruction_tokenizer: str | None = None) -> None:
+        """Loads the tokenizers.
+
+        Args:
+            tokenizer: the LLM's: a folder, a hub id, or `builtin:SIZE`.
+            instruction_tokenizer: the Q-Former's, likewise; None where it reads no instruction.
+
+        Raises:
+            ValueError: a tokenizer is missing, or has no EOS.
+        """
+        self._language = load_tokenizer(tokenizer)
+        self._instruction = None if instruction_tokenizer is None else load_tokenizer(instruction_tokenizer)
+        if self._language.eos_token_id is None:
+            raise ValueError(f"tokenizer {tokenizer!r} has no EOS token, so that no answer could ever end.")
+        self.eos_ids: tuple[int, ...] = (int(self._language.eos_token_id),)
+        # A tokenizer that puts BOS first by itself belongs to an LLM that was trained with one.
+        self._bos = self._leading_special_ids()
+        self.encode = lru_cache(maxsize=100_000)(self._encode)
+
+    @property
+    def instruction_vocabulary(self) -> int:
+        """Number of ids of the Q-Former's tokenizer; 0 where there is none."""
+        return 0 if self._instruction is None else len(self._instruction)
+
+    @property
+    def language_vocabulary(self) -> int:
+        """Number of ids of the LLM's tokenizer."""
+        return len(self._language)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids as text, without special tokens."""
+        return cast("str", self._language.decode(list(ids), skip_special_tokens=True))
+
+    def _encode(self, question: str, name: str | None) -> Text:
+        """Tokenises a question and its answer.
+
+        Args:
+            question: one of the templates.
+            name: the answer; None where there is none to learn from.
+        """
+        asked = prompt(question)
+        prompt_ids = [*self._bos, *self._ids(asked)]
+        ids = list(prompt_ids)
+        if name is not None:
+            whole = [*self._bos, *self._ids(asked + answer(name))]
+            # Tokenised in one piece where the prompt's ids stay what they are at test time, which holds for all
+            # tokenizers that split at white space; otherwise in two.
+            kept = whole[: len(prompt_ids)] == prompt_ids
+            ids = [*(whole if kept else [*prompt_ids, *self._ids(answer(name))]), self.eos_ids[0]]
+        instruction = () if self._instruction is None else tuple(self._instruction(asked)["input_ids"])
+        return Text(tuple(ids), len(prompt_ids), instruction)
+
+    def _ids(self, text: str) -> list[int]:
+        return cast("list[int]", self._language(text, add_special_tokens=False)["input_ids"])
+
+    def _leading_special_ids(self) -> list[int]:
+        plain = self._ids("a")
+        full = cast("list[int]", self._language("a")["input_ids"])
+        return full[: len(full) - len(plain)] if len(full) > len(plain) and full[-1] == plain[-1] else []
+
+
+def load_tokenizer(name: str) -> Any:
+    """Loads a tokenizer by folder or hub id, or makes the built-in one.
+
+    Raises:
+        ValueError: it is not there, or a built-in size is too small.
+    """
+    from transformers import AutoTokenizer
+
+    if name.startswith(BUILTIN):
+        return builtin_tokenizer(int(name.removeprefix(BUILTIN)))
+    if name.startswith((".", "/", "~", "weights/")) and not Path(name).expanduser().exists():
+        raise ValueError(f"tokenizer {name!r}: there is no such folder.")
+    return AutoTokenizer.from_pretrained(name)
+
+
+@lru_cache(maxsize=4)
+def builtin_tokenizer(size: int) -> Any:
+    """Byte-level BPE of a given number of ids, made in about a second from what the package carries.
+
+    For models with random weights and for short instructions: it can write every text, needs no file, and is the same
+    on every machine.
+
+    Raises:
+        ValueError: the size leaves no room for the 256 bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if size < 260:
+        raise ValueError(f"tokenizer builtin:{size} is too small: 256 bytes and 2 special tokens need at least 260 ids.")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def _corpus() -> Iterator[str]:
+    for question in (*MASK_QUESTIONS, *BOX_QUESTIONS):
+        yield from [prompt(question)] * 10
+    for key in BUILTIN_CORPUS:
+        for entry in load_vocabulary(key):
+            yield from (answer(name) for name in entry.names)

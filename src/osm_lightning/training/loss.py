@@ -1,0 +1,52 @@
+"""The loss: a mean for every (dataset, mode) group of masks, and the weighted mean of those.
+
+A dataset's share of the loss is therefore its weight, not its number of masks or the length of its names.
+"""
+
+# P supervised tokens  V LLM vocabulary  M masks  g groups: dataset * 2 + (1 in a vocabulary's mode, 0 in the agnostic one)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from osm_lightning.batch import AGNOSTIC, MaskBatch
+from osm_lightning.model.osm import AnswerLogits
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoss:
+    """The loss of a batch and where it comes from."""
+
+    total: Tensor
+    """float32[], weighted mean over the groups that are present."""
+    mean_g: Tensor
+    """float32[g], mean negative log-likelihood of a group's tokens, in nats; 0 where the group is absent."""
+    present_g: Tensor
+    """bool[g], groups that have tokens in this batch."""
+
+
+def group_of(batch: MaskBatch) -> Tensor:
+    """int64[M], group of every mask."""
+    return batch.dataset_M * 2 + (batch.mode_M != AGNOSTIC)
+
+
+def group_loss(answers: AnswerLogits, batch: MaskBatch, weight_of_dataset: Tensor) -> GroupLoss:
+    """Negative log-likelihood of the answers' tokens and EOS.
+
+    Args:
+        answers: logits of the supervised tokens.
+        batch: the masks that they belong to.
+        weight_of_dataset: float[datasets].
+    """
+    nll_P = F.cross_entropy(answers.logits_PV, answers.target_P, reduction="none")
+    group_P = group_of(batch)[answers.mask_index_P]
+    num_groups = 2 * len(batch.datasets)
+    sum_g = nll_P.new_zeros(num_groups).index_add(0, group_P, nll_P)
+    count_g = torch.bincount(group_P, minlength=num_groups)
+    mean_g = sum_g / count_g.clamp(min=1)
+    weight_g = weight_of_dataset.to(nll_P).repeat_interleave(2) * (count_g > 0)
+    return GroupLoss((mean_g * weight_g).sum() / weight_g.sum(), mean_g, count_g > 0)

@@ -1,0 +1,55 @@
+"""AdamW with decay only where it belongs, and warm-up and cosine counted in optimizer steps (Sec. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass
+class OptimConfig:
+    """Settings of AdamW and of the learning rate. The defaults are the paper's."""
+
+    lr: float = 4e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """On the weights of linear layers; never on biases, LayerNorms, queries, modes, positions or embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    warmup_steps: int = 100
+    """Optimizer steps of linear warm-up from 0."""
+    final_share: float = 0.0
+    """Share of the peak that is left at the end of the cosine."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: weights of linear layers, which decay, and all others, which do not."""
+    decays = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if id(p) in decays], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) not in decays], "weight_decay": 0.0},
+    ]
+
+
+def adamw(model: nn.Module, config: OptimConfig) -> AdamW:
+    """AdamW over what is trained."""
+    return AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, betas=config.betas)
+
+
+def schedule_factor(step: int, config: OptimConfig, total_steps: int) -> float:
+    """Share of the peak learning rate at an optimizer step: linear warm-up, then half a cosine."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.final_share + (1 - config.final_share) * 0.5 * (1 + cos(pi * min(1.0, done)))
+
+
+def warmup_cosine(optimizer: AdamW, config: OptimConfig, total_steps: int) -> LambdaLR:
+    """The schedule; to be stepped once per optimizer step."""
+    return LambdaLR(optimizer, lambda step: schedule_factor(step, config, total_steps))

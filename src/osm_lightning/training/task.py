@@ -1,0 +1,198 @@
+"""The LightningModule: what a step computes, what validation measures, what a checkpoint holds.
+
+It decides nothing about the model or the data; it calls them in order and logs what comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask
+from osm_lightning.data.module import OSMData
+from osm_lightning.evaluation.naming import NamingAccuracy, ScoreRow
+from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from osm_lightning.model.osm import OSM
+from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
+from osm_lightning.training.loss import group_loss
+from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
+from osm_lightning.weights.checkpoint import CONTENT_KEY, read_checkpoint
+from osm_lightning.weights.trained import check_tensors, load_trained
+
+
+class OSMTask(lightning.LightningModule):
+    """Trains the mask side of OSM, and names masks."""
+
+    osm: OSM
+    scores: nn.ModuleDict
+    config_text: str = ""
+    """Resolved config of the run; whoever parsed it sets it, and checkpoints carry it."""
+
+    def __init__(
+        self,
+        vision: VisionConfig,
+        qformer: QFormerConfig,
+        language: LanguageConfig,
+        modes: list[str],
+        optim: OptimConfig | None = None,
+        weights: str | None = None,
+        supervise_prompt: bool = False,
+        named_modes: list[str] | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> None:
+        """Remembers the settings; nothing is loaded before `configure_model`.
+
+        Args:
+            vision: vision tower and input size.
+            qformer: MaskQ-Former and its queries.
+            language: LLM.
+            modes: modes of the vocabularies, beside the agnostic one.
+            optim: optimizer and schedule; None takes the paper's.
+            weights: checkpoint to start the trained parts from. Modes that it lacks start as its agnostic one.
+            supervise_prompt: learn the prompt's tokens too (released behaviour); the paper's loss is on the answer.
+            named_modes: modes in which validation and prediction name masks. None: a source's own mode and the
+                agnostic one in validation, the agnostic one in prediction.
+            max_new_tokens: ids per name at most.
+        """
+        super().__init__()
+        self.vision, self.qformer, self.language, self.modes = vision, qformer, language, modes
+        self.optim = optim or OptimConfig()
+        self.weights, self.supervise_prompt = weights, supervise_prompt
+        self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
+        self.scores = nn.ModuleDict()
+
+    # Building and checkpoints -------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds the model once, under the strategy's context, so that it can be sharded while it is loaded."""
+        if hasattr(self, "osm"):
+            return
+        self.osm = OSM(self.vision, self.qformer, self.language, self.modes)
+        self._check_tokenizers()
+        if self.weights is not None:
+            load_trained(self.osm, read_checkpoint(self.weights))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was trained, and adds the config and the identity of the frozen parts."""
+        trained = {f"osm.{name}" for name, _ in self.osm.trained()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CONTENT_KEY] = {"config": self.config_text, "frozen": self.osm.frozen_identity()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that exactly the trained parts arrive, and that the frozen ones are those it was trained with."""
+        self.strict_loading = False
+        tensors = {key.removeprefix("osm."): value for key, value in checkpoint["state_dict"].items()}
+        check_tensors(self.osm, tensors, checkpoint[CONTENT_KEY]["frozen"])
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:  # noqa: ARG002
+        """Loss of one mixed batch."""
+        answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
+        loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
+        parts = {
+            f"train/loss/{dataset}/{kind}": loss.mean_g[2 * row + column]
+            for row, dataset in enumerate(batch.datasets)
+            for column, kind in enumerate((AGNOSTIC_NAME, "own"))
+        }
+        present = loss.present_g.tolist()
+        self.log_dict({name: value for (name, value), there in zip(parts.items(), present, strict=True) if there})
+        self.log("train/loss", loss.total, prog_bar=True)
+        return loss.total
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and a schedule that counts optimizer steps."""
+        optimizer = adamw(self.osm, self.optim)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = warmup_cosine(optimizer, self.optim, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _weights(self, datasets: Sequence[str]) -> Tensor:
+        return torch.tensor([self._data.sources[name].weight for name in datasets])
+
+    # Validation and prediction ------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Makes a metric for every (source, mode)."""
+        if self.scores:
+            return
+        for name in self._data.val_names():
+            vocabulary = self._data.labels(name).vocabulary
+            if vocabulary is None:
+                raise ValueError(
+                    f"data.sources.{name} has no vocabulary, so that Acc and NIV mean nothing. Set its `vocabulary`, or "
+                    "set its `val` to null."
+                )
+            for mode in self._modes_of(name):
+                self.scores[f"{name}/{mode}"] = NamingAccuracy(vocabulary).to(self.device)
+
+    def validation_step(self, batch: MaskBatch, batch_index: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+        """Names all masks of the batch's images and counts the right ones."""
+        (dataset,) = batch.datasets
+        if not batch.num_masks:
+            return
+        keep = batch.class_id_M != FREE_TEXT
+        if not bool(keep.all()):
+            raise ValueError(f"data.sources.{dataset}: a mask of image {batch.keys[0]} has no class to be measured by.")
+        named = self._name(batch, self._modes_of(dataset))
+        for mode in self._modes_of(dataset):
+            metric = cast("NamingAccuracy", self.scores[f"{dataset}/{mode}"])
+            metric.update([mask.answers[mode].name for mask in named], batch.class_id_M)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs Acc, NIV and their companions for every (source, mode)."""
+        self.score_rows = []
+        for key, metric in self.scores.items():
+            dataset, mode = key.split("/")
+            values = cast("NamingAccuracy", metric).compute()
+            cast("NamingAccuracy", metric).reset()
+            self.score_rows.append(ScoreRow.of(dataset, mode, values))
+            label = mode if mode == AGNOSTIC_NAME else "own" if mode == self._own_mode(dataset) else mode
+            self.log_dict({f"val/{name}/{dataset}/{label}": value.float() for name, value in values.items()})
+        if self.score_rows:
+            mean = sum(row.acc for row in self.score_rows) / len(self.score_rows)
+            self.log("val/acc", mean, prog_bar=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: MaskBatch, batch_index: int) -> list[NamedMask]:  # noqa: ARG002
+        """Names all masks of the batch's images."""
+        return self._name(batch, self.named_modes or [AGNOSTIC_NAME])
+
+    def _name(self, batch: MaskBatch, modes: Sequence[str]) -> list[NamedMask]:
+        codec = self._data.codec
+        images = self.osm.encode(batch.images_I3SS)
+        return name_masks(self.osm, images, batch, modes, codec.decode, codec.eos_ids, self.max_new_tokens)
+
+    def _own_mode(self, dataset: str) -> str:
+        return self._data.sources[dataset].mode or dataset
+
+    def _modes_of(self, dataset: str) -> list[str]:
+        if self.named_modes is not None:
+            return self.named_modes
+        own = self._own_mode(dataset)
+        return [own, AGNOSTIC_NAME] if own in self.osm.modes.names else [AGNOSTIC_NAME]
+
+    @property
+    def _data(self) -> OSMData:
+        return cast("OSMData", cast("Any", self.trainer).datamodule)
+
+    def _check_tokenizers(self) -> None:
+        codec, rows = self._data.codec, self.qformer.instruction_vocabulary
+        if self.qformer.instruction_tokenizer and codec.instruction_vocabulary > rows:
+            raise ValueError(
+                f"model.qformer.instruction_vocabulary is {rows}, but {self.qformer.instruction_tokenizer} has "
+                f"{codec.instruction_vocabulary} ids: set it to that."
+            )
+        if codec.language_vocabulary > self.osm.language.vocabulary_size:
+            raise ValueError(
+                f"the tokenizer has {codec.language_vocabulary} ids, but the LLM's vocabulary holds "
+                f"{self.osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
+            )

@@ -1,0 +1,110 @@
+"""What a run leaves behind: trained tensors, the resolved config, and the identity of the frozen parts.
+
+Two forms hold the same: Lightning's `.ckpt` file (with optimizer state beside, to resume), and a folder of
+`model.safetensors`, `config.yaml` and `frozen.json` (to share). Nothing is unpickled but plain tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONTENT_KEY = "osm"
+"""Key of our entry in a Lightning checkpoint."""
+
+PREFIX = "osm."
+"""Where the model hangs in the LightningModule, and with it the prefix of its keys in a `.ckpt`."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One run's result."""
+
+    tensors: Mapping[str, Tensor]
+    """Trained tensors by their name in the model."""
+    config: str
+    """Resolved config, YAML."""
+    frozen: Mapping[str, str]
+    """Fingerprints of the frozen parts it was trained with."""
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a `.ckpt` file or a folder of safetensors.
+
+    Raises:
+        ValueError: there is nothing at the path, or it is not one of ours; a missing path is answered with the
+            checkpoints that there are.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist. {found_checkpoints()}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        ours = content[CONTENT_KEY]
+        tensors = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items()}
+        return Checkpoint(tensors, ours["config"], ours["frozen"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {path} was not written by `osm fit` (no entry {error}).") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read: {str(error).splitlines()[0]} It is broken, or holds code, which is "
+            "never run."
+        ) from error
+
+
+def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:
+    """Writes the shareable form; the folder appears whole or not at all.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists. Remove it, or give another --out.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in checkpoint.tensors.items()}
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "config.yaml").write_text(checkpoint.config, encoding="utf-8")
+    (partial / "frozen.json").write_text(json.dumps(dict(checkpoint.frozen), indent=1) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    for file in partial.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    partial.rename(folder)
+
+
+def found_checkpoints(root: Path = Path("runs"), most: int = 8) -> str:
+    """One sentence that names the checkpoints under a folder, newest first."""
+    found = sorted(root.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True) if root.is_dir() else []
+    if not found:
+        return f"There are none under {root}/ either: `osm fit` makes them."
+    shown = ", ".join(str(path) for path in found[:most])
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return f"Under {root}/ there are: {shown}{more}."
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        config = (folder / "config.yaml").read_text(encoding="utf-8")
+        frozen: Any = json.loads((folder / "frozen.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"folder {folder} is no checkpoint ({error}). It must hold model.safetensors, config.yaml and frozen.json, "
+            f"as `osm weights export` writes them. {found_checkpoints()}"
+        ) from error
+    return Checkpoint(tensors, config, dict(frozen))

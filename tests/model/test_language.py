@@ -1,0 +1,117 @@
+"""The frozen LLM: the cache, the padding and the projection change nothing, and gradients only pass through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from osm_lightning.model.config import LanguageConfig
+from osm_lightning.model.language import LanguageModel
+
+WIDTH, VOCABULARY = 16, 30
+ARCHITECTURE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.3,
+    "attention_dropout": 0.5,
+}
+
+
+def tiny_language(dtype: str = "float32") -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(LanguageConfig(architecture=ARCHITECTURE, dtype=dtype))
+
+
+def test_sizes_are_read_from_the_llm() -> None:
+    language = tiny_language()
+    assert (language.width, language.vocabulary_size, language.dtype) == (WIDTH, VOCABULARY, torch.float32)
+
+
+def test_with_and_without_a_cache_the_hidden_states_agree() -> None:
+    language = tiny_language()
+    inputs = torch.randn(3, 7, WIDTH)
+    wanted = language.hidden(inputs)
+    cache = DynamicCache()
+    parts = [language.hidden(part, cache) for part in inputs.split([4, 1, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), wanted, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == 7
+
+
+def test_positions_count_on_from_the_cache_unless_they_are_given() -> None:
+    language = tiny_language()
+    inputs = torch.randn(2, 5, WIDTH)
+    wanted = language.hidden(inputs)[:, 4]
+    for positions, same in ((torch.full((2, 1), 4), True), (torch.full((2, 1), 1), False)):
+        cache = DynamicCache()
+        language.hidden(inputs[:, :4], cache)
+        last = language.hidden(inputs[:, 4:], cache, positions)[:, 0]
+        assert torch.allclose(last, wanted, atol=1e-5) == same
+
+
+def test_padding_on_the_right_is_not_seen() -> None:
+    language = tiny_language()
+    inputs = torch.randn(2, 6, WIDTH)
+    padded = torch.cat([inputs[:, :4], 100 * torch.randn(2, 2, WIDTH)], dim=1)
+    torch.testing.assert_close(language.hidden(padded)[:, :4], language.hidden(inputs)[:, :4])
+
+
+def test_hidden_and_logits_are_those_of_the_whole_llm() -> None:
+    language = tiny_language()
+    ids = torch.randint(0, VOCABULARY, (2, 5))
+    wanted = language.llm(input_ids=ids).logits
+    hidden = language.hidden(language.embed(ids))
+    torch.testing.assert_close(language.logits(hidden[1, [0, 3]]), wanted[1, [0, 3]])
+
+
+def test_gradients_go_through_it_and_not_into_it() -> None:
+    language = tiny_language().train()
+    assert not any(module.training for module in language.llm.modules())
+    assert not any(parameter.requires_grad for parameter in language.parameters())
+    inputs = torch.randn(1, 4, WIDTH, requires_grad=True)
+    language.logits(language.hidden(inputs)[:, -1]).square().sum().backward()
+    assert inputs.grad is not None
+    assert inputs.grad.ne(0).any(dim=-1).all()
+    assert all(parameter.grad is None for parameter in language.parameters())
+    # In eval, so that its own dropout is off.
+    assert torch.equal(language.hidden(inputs), language.hidden(inputs))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_half_precision_llm_computes_in_its_own_precision_and_gives_float32_logits(autocast: bool) -> None:
+    language = tiny_language("bfloat16")
+    assert {parameter.dtype for parameter in language.parameters()} == {torch.bfloat16}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        hidden = language.hidden(torch.randn(1, 3, WIDTH))
+        logits = language.logits(hidden[:, -1])
+    assert hidden.dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert logits.shape == (1, VOCABULARY)
+
+
+def test_autocast_leaves_a_float32_llm_alone() -> None:
+    language = tiny_language()
+    inputs = torch.randn(1, 3, WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = language.hidden(inputs)
+    assert torch.equal(hidden, language.hidden(inputs))
+
+
+def test_weights_are_read_from_a_folder_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
+    model.save_pretrained(tmp_path / "llm")
+    language = LanguageModel(LanguageConfig(name=str(tmp_path / "llm"), dtype="bfloat16"))
+    loaded = language.llm.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor.bfloat16()), name
+
+
+def test_a_missing_folder_is_named_before_any_download() -> None:
+    with pytest.raises(ValueError, match=r"language\.name is 'weights/nothing-here'"):
+        LanguageModel(LanguageConfig(name="weights/nothing-here"))
