@@ -18,7 +18,8 @@ PACKAGE = "osm_lightning"
 SOURCES = Path(osm_lightning.__file__).parent
 
 LAYERS = (
-    {"batch", "datasets", "vocabulary", "instructions", "record"},
+    {"rle"},
+    {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index"},
     {"shards", "data", "model"},
     {"naming", "weights", "evaluation"},
     {"training"},

@@ -18,9 +18,9 @@ from osm_lightning.record import (
     box_of,
     decode,
     encode,
-    encode_rle,
     encode_segment_map,
 )
+from osm_lightning.rle import encode_rle
 
 HEIGHT, WIDTH = 8, 16
 COLOUR = (200, 100, 50)
@@ -156,7 +156,9 @@ def test_map_above_pillows_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_rle_of_another_size_is_refused_by_sample_and_segment() -> None:
     counts = encode_rle(np.ones((HEIGHT, WIDTH + 1), bool))
     record = record_with(segments=(Segment("31", rle=counts),), segment_map_png=None)
-    with pytest.raises(ValueError, match="sample k, segment 31: an RLE mask does not fill 16 x 8 px"):
+    with pytest.raises(
+        ValueError, match="sample k: segment 31 has RLE runs that add up to 136, but a picture of 16 x 8 px"
+    ):
         record.mask(0)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from osm_lightning.rle import decode_rle
 
@@ -26,6 +26,9 @@ SCHEMA = 1
 IMAGE_ENDINGS = ("jpg", "png", "webp")
 MAX_IMAGE_PIXELS = 120_000_000
 """Larger images are taken for decompression bombs."""
+
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot, or will not, decode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +90,17 @@ class Record:
         try:
             with Image.open(io.BytesIO(self.segment_map_png), formats=("PNG",)) as png:
                 mode, size = png.mode, png.size
-                if size != (self.width_px, self.height_px) or mode not in {"L", "I", "I;16"}:
-                    raise ValueError(
-                        f"sample {self.key}: the segment map is {mode} {size[0]} x {size[1]} px; it must be a grey PNG "
-                        f"(8 or 16 bit) of {self.width_px} x {self.height_px} px. Build the shard again."
-                    )
-                array = np.asarray(png).astype(np.uint16)
-        except (OSError, SyntaxError) as error:
+                if size == (self.width_px, self.height_px) and mode in {"L", "I", "I;16"}:
+                    array = np.asarray(png).astype(np.uint16)
+                else:
+                    array = None
+        except BROKEN_IMAGE as error:
             raise ValueError(f"sample {self.key}: the segment map cannot be decoded ({error}).") from error
+        if array is None:
+            raise ValueError(
+                f"sample {self.key}: the segment map is {mode} {size[0]} x {size[1]} px; it must be a grey PNG "
+                f"(8 or 16 bit) of {self.width_px} x {self.height_px} px. Build the shard again."
+            )
         if array.max(initial=0) > len(self.segments):
             raise ValueError(
                 f"sample {self.key}: the segment map points at segment {array.max()}, but there are "
@@ -118,7 +124,8 @@ class Record:
         decoded = self.segment_map() if segment_map is None else segment_map
         if decoded is None:
             raise ValueError(f"sample {self.key}: segment {self.segments[index].id} has neither RLE nor a segment map.")
-        return decoded == index + 1
+        inside: NDArray[np.bool_] = decoded == index + 1
+        return inside
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
@@ -129,18 +136,21 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(
-                    f"image {name} is {image.width} x {image.height} px; more than {MAX_IMAGE_PIXELS:,} pixels are "
-                    "refused as a decompression bomb. Shrink it first."
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in {"I", "I;16", "I;16B"}:
-                grey = np.asarray(upright).astype(np.float32) / 257.0
-                return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-            return upright.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            size = image.size
+            if size[0] * size[1] <= MAX_IMAGE_PIXELS:
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode in {"I", "I;16", "I;16B"}:
+                    grey = np.asarray(upright).astype(np.float32) / 257.0
+                    upright = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+                return upright.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image {name} cannot be decoded: it is no JPEG, PNG or WebP. Replace the file.") from error
+    except BROKEN_IMAGE as error:
         raise ValueError(f"image {name} cannot be decoded ({error}). Replace the file.") from error
+    raise ValueError(
+        f"image {name} is {size[0]} x {size[1]} px; more than {MAX_IMAGE_PIXELS:,} pixels are refused as a "
+        "decompression bomb. Shrink it first."
+    )
 
 
 def box_of(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
@@ -192,7 +202,8 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
     """A record from its tar members; pixels stay encoded.
 
     Raises:
-        ValueError: a member is missing, the JSON is not a record of this schema, or the segments have no pixels.
+        ValueError: a member is missing, the JSON is not a record of this schema, the size is impossible, two segments
+            share an id, or a segment has neither RLE nor a segment map.
     """
     ending = next((e for e in IMAGE_ENDINGS if e in members), None)
     if ending is None or "json" not in members:
@@ -205,6 +216,8 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
         if meta["schema"] != SCHEMA:
             raise ValueError(f"schema {meta['schema']}, but this version reads schema {SCHEMA}")
         segments = tuple(_segment(row) for row in meta["segments"])
+        if len({segment.id for segment in segments}) < len(segments):
+            raise ValueError("two segments share an id")
         record = Record(
             key=key,
             image_bytes=members[ending],
@@ -213,9 +226,11 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
             width_px=int(meta["width_px"]),
             segments=segments,
             segment_map_png=members.get("seg.png"),
-            source=meta.get("source", {}),
+            source=dict(meta.get("source", {})),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        if min(record.height_px, record.width_px) < 1 or record.height_px * record.width_px > MAX_IMAGE_PIXELS:
+            raise ValueError(f"{record.width_px} x {record.height_px} px is no picture's size")
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.") from error
     if record.segment_map_png is None and any(segment.rle is None for segment in segments):
         raise ValueError(f"sample {key}: a segment has no RLE and there is no .seg.png. Build the shard again.")
@@ -224,6 +239,9 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
 
 def _segment(row: Mapping[str, Any]) -> Segment:
     box: Sequence[int] = row["bbox_xywh_px"]
+    for key in ("name", "rle"):
+        if not isinstance(row.get(key), str | None):
+            raise TypeError(f"{key} {row[key]!r} of segment {row['id']!r} is not a text")
     return Segment(
         id=str(row["id"]),
         class_id=None if row.get("class_id") is None else int(row["class_id"]),

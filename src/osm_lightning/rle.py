@@ -77,7 +77,7 @@ def decode_runs(counts: str) -> NDArray[np.int64]:
     Raises:
         ValueError: a character that is no digit, a number that breaks off or is too long.
     """
-    codes = np.frombuffer(counts.encode("utf-8"), dtype=np.uint8).astype(np.int64) - ord("0")
+    codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - ord("0")
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
         raise ValueError(f"has compressed RLE counts that no encoder writes ({_shorten(counts)}). Export it again")
     ends = np.flatnonzero(codes & 32 == 0)

@@ -118,7 +118,10 @@ def load_vocabulary(source: str) -> Vocabulary:
             f"vocabulary {source!r} is neither a file nor one of those that come with the package "
             f"({', '.join(shipped_vocabularies())}). Give the path of a TSV with the columns id, kind, names."
         )
-    return _parse(path.stem, path.read_text(encoding="utf-8"))
+    try:
+        return _parse(path.stem, path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"vocabulary {source} is not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def _parse(key: str, text: str) -> Vocabulary:
@@ -130,8 +133,8 @@ def _parse(key: str, text: str) -> Vocabulary:
     problems = []
     for line, row in enumerate(rows, start=2):
         names = tuple(name.strip() for name in (row["names"] or "").split("|") if name.strip())
-        if not (row["id"] or "").lstrip("-").isdigit():
-            problems.append(f"line {line}: id {row['id']!r} is not a whole number")
+        if not (row["id"] or "").isdecimal():  # no sign: -1 is batch.FREE_TEXT
+            problems.append(f"line {line}: id {row['id']!r} is not a whole number from 0")
         elif int(row["id"]) in classes:
             problems.append(f"line {line}: id {row['id']} stands twice")
         elif row["kind"] not in get_args(Kind):
@@ -143,4 +146,6 @@ def _parse(key: str, text: str) -> Vocabulary:
     if problems:
         shown = "; ".join(problems[:5])
         raise ValueError(f"vocabulary {key}: {len(problems)} broken rows ({shown}). Mend them and try again.")
+    if not classes:
+        raise ValueError(f"vocabulary {key}: no class follows the header. Add a row for each class.")
     return Vocabulary(key, tuple(classes.values()))

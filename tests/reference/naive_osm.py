@@ -10,7 +10,7 @@ parts, the vision tower and the LLM, are black boxes that are given one window a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
 
@@ -217,19 +217,19 @@ def answer_logits(model: OSM, example: Example, supervise_prompt: bool = False) 
 def loss(
     model: OSM,
     examples: Sequence[Example],
-    weights: Mapping[tuple[int, int], float],
+    weight_of_dataset: Sequence[float],
     supervise_prompt: bool = False,
 ) -> Tensor:
-    """Mean over the tokens of each (dataset, mode), then the weighted mean of these."""
+    """Mean over the tokens of each dataset in each of its modes, then the mean of these, weighted by dataset."""
     losses_of: dict[tuple[int, int], list[Tensor]] = {}
     for example in examples:
         for logits, token in zip(*answer_logits(model, example, supervise_prompt), strict=True):
             probability = torch.softmax(logits, dim=0)[token]
             losses_of.setdefault((example.dataset, example.mode), []).append(-torch.log(probability))
     total, weight = torch.zeros(()), 0.0
-    for group, losses in losses_of.items():
-        total = total + weights[group] * torch.stack(losses).mean()
-        weight += weights[group]
+    for (dataset, _), losses in losses_of.items():
+        total = total + weight_of_dataset[dataset] * torch.stack(losses).mean()
+        weight += weight_of_dataset[dataset]
     return total / weight
 
 

@@ -12,13 +12,17 @@ from torch import Tensor
 
 from osm_lightning.batch import MaskBatch, mode_index
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
-from osm_lightning.model.osm import OSM, AnswerLogits
+from osm_lightning.model.osm import OSM
 from osm_lightning.naming.greedy import name_masks
+from osm_lightning.training.loss import group_loss
 
 SIDE, WINDOW, PATCH = 24, 8, 4
 VOCABULARY = 40
 MODES = ("coco", "lvis")
-GROUP_WEIGHTS = {(0, 0): 1.0, (0, 1): 0.5, (1, 0): 2.0, (1, 2): 3.0}
+GROUPS = ((0, 0), (0, 1), (1, 0), (1, 2))
+"""(dataset, mode) of the masks in turn: each dataset in the agnostic mode and in its own."""
+DATASET_WEIGHTS = (1.0, 2.5, 7.0)
+"""No mask is of the third dataset."""
 MASKS_PER_IMAGE = (2, 5, 1)
 # The model is in double precision, but features and logits are handed on in single precision.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -84,7 +88,6 @@ def tiny_examples(same_prompt: bool = False) -> list[list[Example]]:
     def ids(length: int, most: int) -> tuple[int, ...]:
         return tuple(torch.randint(1, most, (length,), generator=generator).tolist())
 
-    groups = list(GROUP_WEIGHTS)
     boxes = [
         (0, 0, 3, 3),
         (5, 2, 14, 9),
@@ -104,7 +107,7 @@ def tiny_examples(same_prompt: bool = False) -> list[list[Example]]:
             region = naive_osm.pixels_of_box(SIDE, boxes[index % len(boxes)])
             holes = torch.rand(SIDE, SIDE, generator=generator) < 0.3
             mask = region & ~holes if bool((region & ~holes).any()) else region
-            dataset, mode = groups[(3 * index) % len(groups)]
+            dataset, mode = GROUPS[(3 * index) % len(GROUPS)]
             prompt_ids = prompt if same_prompt else ids(1 + index % 3, VOCABULARY)
             answer_ids, instruction_ids = ids(1 + (2 * index) % 5, VOCABULARY), ids(index % 4 + 1, 30)
             examples.append(Example(image, mask, dataset, mode, prompt_ids, answer_ids, instruction_ids))
@@ -148,19 +151,10 @@ def batch_of(images: list[list[Example]], context: float | str) -> MaskBatch:
         text_tokens_M=text_tokens,
         instruction_ids_MT=instruction_ids,
         instruction_tokens_M=instruction_tokens,
-        datasets=("first", "second"),
+        datasets=("first", "second", "absent"),
         keys=tuple(f"image{index}" for index in range(len(images))),
         mask_ids=tuple(f"mask{index}" for index in range(len(examples))),
     )
-
-
-def batched_loss(answers: AnswerLogits, batch: MaskBatch) -> Tensor:
-    """Mean over the tokens of each (dataset, mode), then the weighted mean of those that are present."""
-    nll_P = -answers.logits_PV.log_softmax(-1).gather(1, answers.target_P[:, None]).squeeze(1)
-    group_P = (batch.dataset_M * 100 + batch.mode_M)[answers.mask_index_P]
-    present = {(int(group) // 100, int(group) % 100): nll_P[group_P == group].mean() for group in group_P.unique()}
-    total = torch.stack([GROUP_WEIGHTS[group] * mean for group, mean in present.items()]).sum()
-    return total / sum(GROUP_WEIGHTS[group] for group in present)
 
 
 CASES = {
@@ -180,7 +174,7 @@ def check_equality(model: OSM, supervise_prompt: bool = False) -> None:
     batch = batch_of(images, model.qformer.config.context)
 
     answers = model(batch, supervise_prompt)
-    ours = batched_loss(answers, batch)
+    ours = group_loss(answers, batch, torch.tensor(DATASET_WEIGHTS)).total
     ours.backward()
     gradients = {name: parameter.grad for name, parameter in model.trained()}
     model.zero_grad(set_to_none=True)
@@ -199,7 +193,7 @@ def check_equality(model: OSM, supervise_prompt: bool = False) -> None:
     assert answers.target_P.tolist() == expected_targets
     assert answers.mask_index_P.tolist() == expected_masks
 
-    expected = naive_osm.loss(model, examples, GROUP_WEIGHTS, supervise_prompt)
+    expected = naive_osm.loss(model, examples, DATASET_WEIGHTS, supervise_prompt)
     torch.testing.assert_close(ours.double(), expected.double(), **CLOSE)
     expected.backward()
     for name, parameter in model.trained():
@@ -210,7 +204,7 @@ def check_equality(model: OSM, supervise_prompt: bool = False) -> None:
 
 
 def has_gradient(name: str, num_layers: int) -> bool:
-    """Whether a parameter can have one: a softmax ignores what it adds to all keys; the last layer's words are unread."""
+    """Whether it can have one: a softmax ignores what it adds to all keys, and nobody reads the last layer's words."""
     return not name.endswith("key.bias") and f"layers.{num_layers - 1}.text_ffn" not in name
 
 

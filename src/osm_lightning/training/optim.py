@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
     """Settings of AdamW and of the learning rate. The defaults are the paper's."""
 

@@ -39,7 +39,7 @@ class OSMTask(lightning.LightningModule):
         qformer: QFormerConfig,
         language: LanguageConfig,
         modes: list[str],
-        optim: OptimConfig | None = None,
+        optim: OptimConfig = OptimConfig(),
         weights: str | None = None,
         supervise_prompt: bool = False,
         named_modes: list[str] | None = None,
@@ -52,7 +52,7 @@ class OSMTask(lightning.LightningModule):
             qformer: MaskQ-Former and its queries.
             language: LLM.
             modes: modes of the vocabularies, beside the agnostic one.
-            optim: optimizer and schedule; None takes the paper's.
+            optim: optimizer and schedule.
             weights: checkpoint to start the trained parts from. Modes that it lacks start as its agnostic one.
             supervise_prompt: learn the prompt's tokens too (released behaviour); the paper's loss is on the answer.
             named_modes: modes in which validation and prediction name masks. None: a source's own mode and the
@@ -61,7 +61,7 @@ class OSMTask(lightning.LightningModule):
         """
         super().__init__()
         self.vision, self.qformer, self.language, self.modes = vision, qformer, language, modes
-        self.optim = optim or OptimConfig()
+        self.optim = optim
         self.weights, self.supervise_prompt = weights, supervise_prompt
         self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
         self.scores = nn.ModuleDict()

@@ -49,8 +49,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
-    if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist. {found_checkpoints()}")
+    find_checkpoint(str(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         ours = content[CONTENT_KEY]
@@ -63,6 +62,21 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"checkpoint {path} cannot be read: {str(error).splitlines()[0]} It is broken, or holds code, which is "
             "never run."
         ) from error
+
+
+def find_checkpoint(name: str, root: Path = Path("runs")) -> Path:
+    """The path of a checkpoint: as given, or the newest `last.ckpt` under a folder for the name `last`.
+
+    Raises:
+        ValueError: it does not exist; the answer names the checkpoints that do.
+    """
+    if name == "last":
+        newest = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+        if newest:
+            return newest[-1]
+    elif Path(name).exists():
+        return Path(name)
+    raise ValueError(f"checkpoint {name!r} does not exist. {found_checkpoints(root)}")
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:

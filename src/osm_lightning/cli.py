@@ -1,0 +1,287 @@
+"""`osm fit | validate | test | predict`: Lightning's CLI, with checkpoints that bring their own config.
+
+Settings come from YAML files that stack and from `--section.name value`; this file adds what belongs to one call (the
+run's folder, the checkpoint, images and masks), links settings that must agree, and names everything that is missing
+before anything slow begins.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers.utils import logging as transformers_logging
+
+from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
+from osm_lightning.data.module import OSMData
+from osm_lightning.evaluation.segments import read_segments
+from osm_lightning.shard_index import INDEX_FILE, read_index
+from osm_lightning.training.callbacks import KeepConfig, Throughput, WritePredictions, WriteScores
+from osm_lightning.training.task import OSMTask
+from osm_lightning.weights.checkpoint import find_checkpoint, read_checkpoint
+from osm_lightning.weights.registry import fetch_command
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,  # an epoch is a number of masks (data.masks_per_epoch)
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,  # naming with untrained weights runs to the token limit: slow, and shows nothing
+    "use_distributed_sampler": False,  # the data splits itself by rank, without repeating masks
+}
+
+LINKS = (
+    ("model.vision.image_size_px", "data.image_size_px"),
+    ("model.vision.patch_size_px", "data.patch_size_px"),
+    ("model.qformer.context", "data.context"),
+    ("model.qformer.instruction_tokenizer", "data.instruction_tokenizer"),
+    ("model.modes", "data.modes"),
+)
+"""Settings of the data that are the model's."""
+
+
+def split_at_commas(text: str | list[str]) -> list[str]:
+    """A list written as `a,b`."""
+    return text if isinstance(text, list) else [part.strip() for part in text.split(",") if part.strip()]
+
+
+class OSMCLI(LightningCLI):
+    """Lightning's CLI for OSMTask and OSMData."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what must agree."""
+        for source, target in LINKS:
+            parser.link_arguments(source, target)
+        parser.link_arguments(
+            ("model.language.tokenizer", "model.language.name"),
+            "data.tokenizer",
+            compute_fn=lambda tokenizer, name: tokenizer or name,
+        )
+        parser.link_arguments("seed_everything", "data.seed")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer's methods, and those of their arguments that are not settings here."""
+        hidden = {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": hidden | {"train_dataloaders", "val_dataloaders"},
+            "validate": hidden | {"verbose"},
+            "test": hidden | {"verbose"},
+            "predict": hidden | {"return_predictions"},
+        }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the words that `main` was given."""
+        self.config = parser.parse_args(args)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        resume = subcommand == "fit"
+        parser.add_argument(
+            "--ckpt",
+            type=str | None,
+            default=None,
+            help="checkpoint to go on from (with optimizer and step), or `last`"
+            if resume
+            else "checkpoint whose trained parts and config are used: a .ckpt file, an exported folder, or `last`",
+        )
+        if subcommand != "predict":
+            parser.add_argument(
+                "--run", type=str | None, default=None, help="folder of this run (default: runs/DATE-TIME)"
+            )
+            return parser
+        parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images")
+        parser.add_argument(
+            "--masks",
+            type=Path,
+            required=True,
+            help="COCO panoptic JSON, COCO JSON, list of RLE or polygons (SAM), or folder MASKS/<image>/<id>.png",
+        )
+        parser.add_argument(
+            "--modes", type=split_at_commas, default=[AGNOSTIC_NAME], help="modes to name in, as `agnostic,coco`"
+        )
+        parser.add_argument("--out", type=Path, required=True, help="folder for names and pictures")
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses what cannot work, before torch builds anything."""
+        self.options = self.config[self.subcommand]
+        if self.subcommand == "predict":
+            self._check_prediction()
+        missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
+        if missing:
+            raise ValueError("this machine lacks what the config names:\n  " + "\n  ".join(missing))
+
+    def _check_prediction(self) -> None:
+        options = self.options
+        options.modes = [MODE_ALIASES.get(mode, mode) for mode in options.modes]
+        for mode in options.modes:
+            mode_index(mode, mode_names(options.model.modes))
+        self.segments = read_segments(options.images, options.masks)
+        self.segments.check()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds loggers, checkpoints and callbacks that every run has."""
+        if self.subcommand == "predict":
+            kwargs |= {"logger": False}
+            trainer = super().instantiate_trainer(**kwargs)
+            trainer.callbacks.append(WritePredictions(self.segments, self.options.out))
+            return trainer
+        self.run_folder = Path(self.options.run or default_run())
+        given = self.config_init[self.subcommand].trainer
+        if given.logger is None:
+            kwargs["logger"] = [make(str(self.run_folder), name="", version="") for make in (CSVLogger, TensorBoardLogger)]
+        kwargs["default_root_dir"] = str(self.run_folder)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.append(WriteScores(self.run_folder))
+        if self.subcommand == "fit":
+            trainer.callbacks.append(Throughput())
+            if trainer.loggers:
+                trainer.callbacks.append(LearningRateMonitor("step"))
+        # Lightning wants checkpoint callbacks last.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        own = config.get("callbacks") or []
+        if self.subcommand == "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in own):
+            folder = self.run_folder / "checkpoints"
+            callbacks = [*callbacks, *checkpoints(folder)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            kwargs["ckpt_path"] = self.options.ckpt
+            kwargs["weights_only"] = True
+        elif subcommand == "predict":
+            kwargs["return_predictions"] = False
+        else:
+            kwargs["verbose"] = False
+        return kwargs
+
+    def before_predict(self) -> None:
+        """Hands masks and modes over."""
+        self.datamodule.predicted = self.segments
+        self.model.named_modes = self.options.modes
+
+    def after_predict(self) -> None:
+        """Says where the names are."""
+        skipped = self.segments.num_images_without_masks
+        note = f" ({skipped} images without masks were skipped)" if skipped else ""
+        print(f"named the masks of {len(self.segments)} images{note}: {self.options.out}/predictions.jsonl, overlay/")
+
+    def after_fit(self) -> None:
+        """Says where the run is."""
+        if not self.trainer.fast_dev_run:
+            print(f"run folder: {self.run_folder} (checkpoints/last.ckpt, metrics.csv, config.yaml)")
+
+    def after_validate(self) -> None:
+        """Says where the scores are."""
+        print(f"scores: {self.run_folder}/scores.json")
+
+    after_test = after_validate
+
+
+def checkpoints(folder: Path) -> list[ModelCheckpoint]:
+    """Two checkpoints of a run: the last, written often, and the best by validation accuracy."""
+    every = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
+    return [
+        ModelCheckpoint(filename="last", every_n_train_steps=200, **every),
+        ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **every),
+        ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **every),
+    ]
+
+
+def default_run() -> str:
+    """A new folder under `runs/`, the same for all processes of a run."""
+    job = os.environ.get("SLURM_JOB_ID")
+    stamp = f"slurm-{job}" if job else time.strftime("%Y%m%d-%H%M%S")
+    # Lightning starts the processes of other ranks with this environment.
+    return os.environ.setdefault("OSM_RUN", f"runs/{stamp}")
+
+
+def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
+    """Every shard set and weight that a config names and this machine lacks, each with the command that makes it."""
+    vision, language = options.model.vision, options.model.language
+    wanted = []
+    if vision.architecture is None:
+        tower = ("model.vision.name", vision.name) if vision.tower == "dinov2" else None
+        wanted.append(tower or ("model.vision.pretrained", vision.pretrained))
+    if language.architecture is None:
+        wanted.append(("model.language.name", language.name))
+    if options.model.qformer.instruction_tokenizer is not None:
+        wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))
+    if options.model.weights is not None:
+        wanted.append(("model.weights", options.model.weights))
+    for setting, name in wanted:
+        if name is not None and name.startswith((".", "/", "~", "weights/", "models/")) and not Path(name).exists():
+            command = fetch_command(name)
+            yield f"{setting}: {name}  ->  {command or 'no command makes it: give a folder that exists, or a hub id'}"
+    for key, source in (options.data.sources.items() if with_shards else ()):
+        splits = [split for split in (source.train, source.val) if split is not None]
+        folder = Path(source.shards)
+        there = read_index(folder).splits if (folder / INDEX_FILE).is_file() else {}
+        for split in dict.fromkeys(splits):
+            if split not in there:
+                yield (
+                    f"data.sources.{key}: split {split} of {folder}  ->  osm shards build {key} --src RAW_{key.upper()} "
+                    f"--split {split} --out {folder}"
+                )
+
+
+def with_checkpoint(argv: list[str]) -> list[str]:
+    """Lets `--ckpt X` bring its own config: given ones come after it, and win.
+
+    For fit the checkpoint is resumed by Lightning; elsewhere its trained parts are what the model starts from.
+
+    Raises:
+        ValueError: the checkpoint does not exist or is not one of ours.
+    """
+    command, rest = argv[0], list(argv[1:])
+    for place, word in enumerate(rest):
+        if word == "--ckpt" and place + 1 < len(rest):
+            path, length = rest[place + 1], 2
+        elif word.startswith("--ckpt="):
+            path, length = word.removeprefix("--ckpt="), 1
+        else:
+            continue
+        path = str(find_checkpoint(path))
+        config = read_checkpoint(path).config
+        rest[place : place + length] = ["--ckpt", path]
+        weights = ["--model.weights", "null" if command == "fit" else path]
+        return [command, "--config", config, *rest, *weights]
+    return argv
+
+
+def main(argv: list[str]) -> None:
+    """Runs `osm ARGV`.
+
+    Raises:
+        ValueError: what the user can mend.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # Hints that do not apply: batches are made whole in the workers, and the machine's cores are the user's choice.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    OSMCLI(
+        OSMTask,
+        OSMData,
+        save_config_callback=KeepConfig,
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_kwargs={"prog": "osm"},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=with_checkpoint(argv),
+    )

@@ -1,0 +1,181 @@
+"""One callback per concern: throughput, the resolved config, scores on disk, predictions on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+from osm_lightning.batch import MaskBatch, NamedMask
+from osm_lightning.evaluation.naming import format_scores
+from osm_lightning.evaluation.predictions import PredictionWriter
+from osm_lightning.evaluation.segments import SegmentSource
+from osm_lightning.training.task import OSMTask
+
+
+class Throughput(Callback):
+    """Logs masks seen, masks/s, images/s, the share of time spent waiting for data, and vanished masks.
+
+    Lightning's own monitor takes every batch to be of one size; here a batch is as many masks as it holds.
+    """
+
+    def __init__(self) -> None:
+        self.masks_seen = 0
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks seen go on counting when a run is resumed."""
+        return {"masks_seen": self.masks_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the count."""
+        self.masks_seen = state_dict["masks_seen"]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock; what came before was not training."""
+        self._forget()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock anew; validation was not training."""
+        self._forget()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: MaskBatch, batch_idx: int
+    ) -> None:
+        """What has passed since the last step was waiting."""
+        self._wait_s += time.perf_counter() - self._step_ended_s
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
+    ) -> None:
+        """Counts a step, and logs when it is time to."""
+        self._step_ended_s = time.perf_counter()
+        self.masks_seen += batch.num_masks * trainer.world_size
+        self._masks += batch.num_masks * trainer.world_size
+        self._images += batch.num_images * trainer.world_size
+        self._vanished += batch.num_vanished
+        if (batch_idx + 1) % trainer.log_every_n_steps:
+            return
+        passed_s = self._step_ended_s - self._since_s
+        pl_module.log("train/masks_per_s", self._masks / passed_s, prog_bar=True)
+        pl_module.log_dict(
+            {
+                "train/masks_seen": float(self.masks_seen),
+                "train/images_per_s": self._images / passed_s,
+                "train/data_wait_share": self._wait_s / passed_s,
+                "train/vanished_masks": float(self._vanished),
+            }
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        self._masks = self._images = self._vanished = 0
+        self._wait_s = 0.0
+        self._since_s = self._step_ended_s = time.perf_counter()
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the resolved config beside the logs of a fit, and into its checkpoints."""
+
+    PER_CALL = ("config", "ckpt", "run", "images", "masks", "modes", "out")
+    """Settings that belong to one call of the command and not to what is trained."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hands the text to the task, which puts it into every checkpoint."""
+        if stage != "fit":
+            return
+        config = self.config.clone()
+        for key in self.PER_CALL:
+            config.pop(key, None)
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        cast("OSMTask", pl_module).config_text = text
+        if trainer.is_global_zero and trainer.log_dir is not None:
+            folder = Path(trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.config_filename).write_text(text, encoding="utf-8")
+
+
+class WriteScores(Callback):
+    """Prints the scores after every validation, and keeps the last ones as JSON in the run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "scores.json"
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what validation measured."""
+        rows = cast("OSMTask", pl_module).score_rows
+        if trainer.sanity_checking or not rows:
+            return
+        print("\n" + format_scores(rows), flush=True)
+        if trainer.fast_dev_run:
+            return
+        content = {"step": trainer.global_step, "scores": [asdict(row) for row in rows]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+
+    on_test_end = on_validation_end
+
+
+class WritePredictions(Callback):
+    """Hands every image's names to the writer, in the order of the images."""
+
+    def __init__(self, source: SegmentSource, out: Path) -> None:
+        self.source, self.writer = source, PredictionWriter(out)
+        self._written = 0
+        self._open = False
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Opens the output.
+
+        Raises:
+            ValueError: there are several processes; each would write the same files.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"osm predict runs in one process, but trainer.devices x num_nodes is {trainer.world_size}. Set "
+                "--trainer.devices 1."
+            )
+        self.writer.__enter__()
+        self._open = True
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: MaskBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes the images of a batch."""
+        named: list[NamedMask] = outputs
+        for key in batch.keys:
+            record = self.source[self._written]
+            assert record.key == key, f"{record.key} was expected, {key} came"
+            self.writer.write(record, [mask for mask in named if mask.image == key])
+            self._written += 1
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the files into place."""
+        self._close(None, None, None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Removes what was begun."""
+        self._close(type(exception), exception, exception.__traceback__)
+
+    def _close(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._open:
+            self._open = False
+            self.writer.__exit__(kind, error, trace)
