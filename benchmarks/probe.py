@@ -62,7 +62,8 @@ def main() -> None:
     }
     for ckpt in args.ckpt:
         results[str(ckpt)] = named_right(ckpt, args.shards, args.val, vocabulary, val["key"])
-    print(f"{'method':<44}{'Acc':>8}   difference to the probe, 95 % interval (bootstrap over {len(set(val['image']))} images)")
+    num_images = len(set(val["image"].tolist()))
+    print(f"{'method':<44}{'Acc':>8}   difference to the probe, 95 % interval (bootstrap over {num_images} images)")
     for name, hits in results.items():
         low, high = bootstrap(hits, results["linear probe"], val["image"])
         difference = hits.mean() - results["linear probe"].mean()

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ class OSMCLI(LightningCLI):
         self.run_folder = Path(self.options.run or default_run())
         given = self.config_init[self.subcommand].trainer
         if given.logger is None:
-            kwargs["logger"] = [make(str(self.run_folder), name="", version="") for make in (CSVLogger, TensorBoardLogger)]
+            kwargs["logger"] = [
+                make(str(self.run_folder), name="", version="") for make in (CSVLogger, TensorBoardLogger)
+            ]
         kwargs["default_root_dir"] = str(self.run_folder)
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(WriteScores(self.run_folder))
@@ -193,11 +196,11 @@ class OSMCLI(LightningCLI):
 
 def checkpoints(folder: Path) -> list[ModelCheckpoint]:
     """Two checkpoints of a run: the last, written often, and the best by validation accuracy."""
-    every = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
+    in_folder = partial(ModelCheckpoint, dirpath=folder, enable_version_counter=False, auto_insert_metric_name=False)
     return [
-        ModelCheckpoint(filename="last", every_n_train_steps=200, **every),
-        ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **every),
-        ModelCheckpoint(filename="best", monitor="val/acc", mode="max", **every),
+        in_folder(filename="last", every_n_train_steps=200),
+        in_folder(filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
+        in_folder(filename="best", monitor="val/acc", mode="max"),
     ]
 
 
@@ -223,19 +226,17 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
     if options.model.weights is not None:
         wanted.append(("model.weights", options.model.weights))
     for setting, name in wanted:
-        if name is not None and name.startswith((".", "/", "~", "weights/", "models/")) and not Path(name).exists():
+        if name is not None and name.startswith((".", "/", "weights/", "models/")) and not Path(name).exists():
             command = fetch_command(name)
             yield f"{setting}: {name}  ->  {command or 'no command makes it: give a folder that exists, or a hub id'}"
-    for key, source in (options.data.sources.items() if with_shards else ()):
+    for key, source in options.data.sources.items() if with_shards else ():
         splits = [split for split in (source.train, source.val) if split is not None]
         folder = Path(source.shards)
         there = read_index(folder).splits if (folder / INDEX_FILE).is_file() else {}
         for split in dict.fromkeys(splits):
             if split not in there:
-                yield (
-                    f"data.sources.{key}: split {split} of {folder}  ->  osm shards build {key} --src RAW_{key.upper()} "
-                    f"--split {split} --out {folder}"
-                )
+                build = f"osm shards build {key} --src RAW_{key.upper()} --split {split} --out {folder}"
+                yield f"data.sources.{key}: split {split} of {folder}  ->  {build}"
 
 
 def with_checkpoint(argv: list[str]) -> list[str]:

@@ -13,9 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 
 from osm_lightning.evaluation.segments import SegmentSource, read_segments
-from osm_lightning.rle import area_and_box, decode_runs, to_rle
 from osm_lightning.record import Record, box_of
-from osm_lightning.rle import encode_rle
+from osm_lightning.rle import area_and_box, decode_runs, encode_rle, to_rle
 
 HEIGHT, WIDTH = 12, 20
 SQUARE = np.zeros((HEIGHT, WIDTH), dtype=bool)

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from osm_lightning.evaluation.segments import read_segments
-from osm_lightning.rle import to_rle
-from osm_lightning.rle import encode_rle
+from osm_lightning.rle import encode_rle, to_rle
 
 HEIGHT, WIDTH = 12, 20
 SQUARE = np.zeros((HEIGHT, WIDTH), dtype=bool)

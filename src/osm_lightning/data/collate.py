@@ -10,9 +10,7 @@ from torch import Tensor
 from osm_lightning.batch import AGNOSTIC, MaskBatch, MaskSample
 
 
-def collate(
-    samples: Sequence[MaskSample], datasets: Sequence[str], modes: Sequence[int] | None = None
-) -> MaskBatch:
+def collate(samples: Sequence[MaskSample], datasets: Sequence[str], modes: Sequence[int] | None = None) -> MaskBatch:
     """Puts samples together.
 
     Args:

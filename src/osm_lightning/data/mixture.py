@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from osm_lightning.batch import AGNOSTIC, MaskBatch, MaskSample
 from osm_lightning.data.collate import collate
 from osm_lightning.data.sample import Labels, View, draw_sample, generator
-from osm_lightning.data.stream import Share, ShardSet, stream
+from osm_lightning.data.stream import ShardSet, Share, stream
 from osm_lightning.data.text import TextCodec
 
 

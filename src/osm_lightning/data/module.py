@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context
 from osm_lightning.data.mixture import Mixture, Source
 from osm_lightning.data.sample import Labels, View, whole_sample
-from osm_lightning.data.stream import Share, ShardSet
+from osm_lightning.data.stream import ShardSet, Share
 from osm_lightning.data.text import TextCodec
 from osm_lightning.datasets import DATASETS, ignored_ids
 from osm_lightning.record import Record

@@ -46,8 +46,8 @@ class Labels:
             return segment.name
         if segment.class_id not in self.vocabulary:
             raise ValueError(
-                f"{self.dataset}, sample {key}, segment {segment.id}: class {segment.class_id} is not in the vocabulary "
-                f"{self.vocabulary.key!r} ({len(self.vocabulary)} classes). Is it another dataset's vocabulary? Set "
+                f"{self.dataset}, sample {key}, segment {segment.id}: class {segment.class_id} is not in the "
+                f"vocabulary {self.vocabulary.key!r} ({len(self.vocabulary)} classes). Is that another dataset's? Set "
                 f"data.sources.{self.dataset}.vocabulary."
             )
         return self.vocabulary.by_id[segment.class_id].names[0]
@@ -82,7 +82,11 @@ def draw_sample(
     Raises:
         ValueError: the record is broken, or a class is not in the vocabulary.
     """
-    usable = [i for i, segment in enumerate(record.segments) if labels.counts(segment)]
+    usable = [
+        i
+        for i, segment in enumerate(record.segments)
+        if labels.counts(segment) and labels.name(segment, record.key) is not None
+    ]
     pixels = _Pixels(record)
     for _ in range(view.max_tries if usable else 0):
         placement = geometry.draw(record.width_px, record.height_px, view.image_size_px, view.scale, rng)

@@ -109,7 +109,9 @@ def read_table(path: Path) -> list[tuple[str, tuple[Member, ...]]]:
                 if not entry.isfile():
                     continue
                 if entry.size > MAX_MEMBER_BYTES:
-                    raise ValueError(f"{path}: {entry.name} has {entry.size:,} bytes; more than {MAX_MEMBER_BYTES:,} are refused.")
+                    raise ValueError(
+                        f"{path}: {entry.name} has {entry.size:,} bytes; more than {MAX_MEMBER_BYTES:,} are refused."
+                    )
                 key, _, ending = entry.name.partition(".")
                 groups.setdefault(key, []).append(Member(ending, entry.offset_data, entry.size))
     except (OSError, tarfile.TarError) as error:

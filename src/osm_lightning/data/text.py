@@ -105,7 +105,7 @@ def load_tokenizer(name: str) -> Any:
 
     if name.startswith(BUILTIN):
         return builtin_tokenizer(int(name.removeprefix(BUILTIN)))
-    if name.startswith((".", "/", "~", "weights/")) and not Path(name).expanduser().exists():
+    if name.startswith((".", "/", "weights/")) and not Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: there is no such folder.")
     return AutoTokenizer.from_pretrained(name)
 
@@ -124,7 +124,9 @@ def builtin_tokenizer(size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if size < 260:
-        raise ValueError(f"tokenizer builtin:{size} is too small: 256 bytes and 2 special tokens need at least 260 ids.")
+        raise ValueError(
+            f"tokenizer builtin:{size} is too small: 256 bytes and 2 special tokens need at least 260 ids."
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -90,7 +90,7 @@ class QFormerConfig:
     mode_query: bool = True
     """False leaves out the mode, in the Q-Former and in the LLM's input."""
     instruction_tokenizer: str | None = None
-    """Tokenizer of the instruction that the Q-Former reads: a folder, a hub id, or `builtin:SIZE`. None: it reads none."""
+    """Tokenizer of the instruction that the Q-Former reads: folder, hub id or `builtin:SIZE`. None: it reads none."""
     instruction_vocabulary: int = 30523
     """Rows of the instruction's embedding. Checked against the tokenizer."""
     max_instruction_tokens: int = 512
@@ -111,10 +111,16 @@ class QFormerConfig:
         Raises:
             ValueError: a size does not fit another.
         """
+        for name in ("num_layers", "num_queries", "cross_attention_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"qformer.{name} is {getattr(self, name)}, but must be at least 1.")
         if self.width % self.num_heads:
             raise ValueError(f"qformer.width is {self.width}, but must be a multiple of num_heads ({self.num_heads}).")
-        if isinstance(self.context, float | int) and self.context < 0:
-            raise ValueError(f"qformer.context is {self.context}; give a share >= 0, or 'global' for the whole image.")
+        if self.context not in {"global", "none"} and not (isinstance(self.context, float | int) and self.context >= 0):
+            raise ValueError(
+                f"qformer.context is {self.context!r}; give a share of at least 0 (0.5 in the paper), 'global' for the "
+                "whole image, or 'none' for no context queries."
+            )
 
 
 @dataclass

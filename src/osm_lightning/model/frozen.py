@@ -59,15 +59,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name of weights can only mean a place on disk: it begins with a dot, a slash, or `weights/`."""
-    return name.startswith((".", "/", "~", "weights/"))
+    """Whether a name of weights can only mean a place on disk: it begins with a dot, a slash or `weights/`."""
+    return name.startswith((".", "/", "weights/"))
 
 
 def missing_weights(setting: str, name: str) -> None:
     """Refuses a local folder or file of weights that is not there.
 
     Raises:
-        ValueError: naming the setting, the path, and the command that makes it.
+        ValueError: naming the setting and the path.
     """
-    if is_local(name) and not Path(name).expanduser().exists():
-        raise ValueError(f"{setting} is {name!r}, but there is no such file or folder.")
+    if is_local(name) and not Path(name).exists():
+        raise ValueError(
+            f"{setting} is {name!r}, but there is no such file or folder. `osm weights --help` says "
+            "what can be fetched."
+        )

@@ -33,7 +33,7 @@ class LanguageModel(OwnsFrozen):
 
         dtype = torch_dtype(config.dtype)
         if config.architecture is not None:
-            model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture)).to(dtype)
+            model: Any = cast("nn.Module", LlamaForCausalLM(LlamaConfig(**config.architecture))).to(dtype)
         else:
             missing_weights("language.name", config.name)
             model = AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
@@ -50,7 +50,17 @@ class LanguageModel(OwnsFrozen):
         """int64[..] -> [.., Z], in the LLM's precision."""
         return cast("Tensor", cast("Any", self.llm).get_input_embeddings()(ids))
 
-    def hidden(self, inputs_MXZ: Tensor, cache: Any = None, position_ids_MX: Tensor | None = None) -> Tensor:
+    def word_embeddings(self) -> Tensor:
+        """float32[V, Z], the embedding of every id."""
+        return cast("Tensor", cast("Any", self.llm).get_input_embeddings().weight).detach().float()
+
+    def new_cache(self) -> Any:
+        """An empty key-value cache for `hidden`."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def hidden(self, inputs_MXZ: Tensor, cache: Any = None) -> Tensor:
         """Runs the decoder over embeddings.
 
         Rows may be padded on the right without a mask: attention is causal, so that nothing before the padding sees it.
@@ -58,7 +68,6 @@ class LanguageModel(OwnsFrozen):
         Args:
             inputs_MXZ: float[M, X, Z].
             cache: a transformers cache, extended in place; None keeps nothing.
-            position_ids_MX: int64[M, X]; None counts on from the cache.
 
         Returns:
             [M, X, Z], in the LLM's precision.
@@ -69,11 +78,16 @@ class LanguageModel(OwnsFrozen):
                 inputs_embeds=inputs_MXZ.to(self.dtype),
                 past_key_values=cache,
                 use_cache=cache is not None,
-                position_ids=position_ids_MX,
             )
         return cast("Tensor", out.last_hidden_state)
 
     def logits(self, hidden_PZ: Tensor) -> Tensor:
-        """[P, Z] -> float32[P, V]."""
+        """[P, Z] -> float32[P, V], scaled and capped as the LLM's own head does (Cohere, Granite, Gemma)."""
+        llm = cast("Any", self.llm)
         with torch.autocast(hidden_PZ.device.type, enabled=False):
-            return cast("Tensor", cast("Any", self.llm).get_output_embeddings()(hidden_PZ)).float()
+            logits_PV = cast("Tensor", llm.get_output_embeddings()(hidden_PZ)).float()
+        scale = getattr(llm.config, "logit_scale", None) or 1.0 / (getattr(llm.config, "logits_scaling", None) or 1.0)
+        cap = getattr(llm.config, "final_logit_softcapping", None)
+        if scale != 1.0:
+            logits_PV = logits_PV * scale
+        return logits_PV if cap is None else torch.tanh(logits_PV / cap) * cap

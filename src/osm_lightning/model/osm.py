@@ -69,7 +69,19 @@ class OSM(nn.Module):
         self.modes = Modes(modes, qformer.width, self.language.width)
         if not qformer.mode_query:
             self.modes.requires_grad_(False)
+        self._start_among_words()
         self.grid = Grid.of(vision)
+
+    @torch.no_grad()
+    def _start_among_words(self) -> None:
+        """Lets mask tokens start where the LLM expects words: around its mean embedding, with its embeddings' spread.
+
+        The released model takes over InstructBLIP's projection; from scratch torch's default makes tokens several
+        times as long as any word, to which the LLM hardly reacts.
+        """
+        words_VZ = self.language.word_embeddings()
+        self.projection.bias.copy_(words_VZ.mean(0))
+        self.projection.weight.normal_(std=float(words_VZ.std(0).mean()) / self.projection.in_features**0.5)
 
     def encode(self, images_I3SS: Tensor) -> EncodedImages:
         """uint8[I, 3, S, S] -> what any number of masks of these images need."""
@@ -100,17 +112,20 @@ class OSM(nn.Module):
             return tokens_MQZ
         return torch.cat([tokens_MQZ, mode_MZ.unsqueeze(1).to(tokens_MQZ.dtype)], dim=1)
 
-    def forward(self, batch: MaskBatch, supervise_prompt: bool = False) -> AnswerLogits:
+    def forward(
+        self, batch: MaskBatch, supervise_prompt: bool = False, images: EncodedImages | None = None
+    ) -> AnswerLogits:
         """Predicts every mask's answer, given its image, mask, mode and prompt.
 
         Args:
             batch: masks with prompt and answer.
+            images: what `encode` made of the batch's images, where it is at hand.
             supervise_prompt: predict the prompt's tokens too (released behaviour); the paper's loss is on the answer.
 
         Returns:
             Logits of the supervised tokens: answer and EOS, in the order of the batch.
         """
-        prefix_MQZ = self.mask_tokens(self.encode(batch.images_I3SS), batch)
+        prefix_MQZ = self.mask_tokens(images or self.encode(batch.images_I3SS), batch)
         text_MLZ = self.language.embed(batch.text_ids_ML)
         hidden_MXZ = self.language.hidden(torch.cat([prefix_MQZ.to(text_MLZ.dtype), text_MLZ], dim=1))
         position_L = torch.arange(batch.text_ids_ML.shape[1], device=batch.text_ids_ML.device)

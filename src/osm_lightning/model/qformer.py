@@ -11,7 +11,7 @@ by all masks of that image. What a query may see is given from outside (`visibil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -203,10 +203,8 @@ class MaskQFormer(nn.Module):
 
     def image_keys_values(self, image_tokens_INE: Tensor) -> list[KeysValues | None]:
         """Keys and values of every layer that looks at the image: once per image, whatever the number of its masks."""
-        return [
-            None if layer.cross_attention is None else layer.cross_attention.keys_values(image_tokens_INE)
-            for layer in self.layers
-        ]
+        looks = [cast("Layer", layer).cross_attention for layer in self.layers]
+        return [None if look is None else look.keys_values(image_tokens_INE) for look in looks]
 
     def queries(self, mode_query_MD: Tensor | None, num_masks: int) -> Tensor:
         """float[M, A, D], queries in the order mask, context, mode."""

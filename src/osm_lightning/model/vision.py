@@ -57,13 +57,14 @@ class Dinov2Tower(Tower):
             self.vit = Dinov2Model(Dinov2Config(**config.architecture))
         else:
             missing_weights("vision.name", config.name)
-            self.vit = cast("Dinov2Model", Dinov2Model.from_pretrained(config.name, dtype=torch.float32))
+            self.vit = Dinov2Model.from_pretrained(config.name, dtype=torch.float32)
         self.width = self.vit.config.hidden_size
-        self.patch_size_px = self.vit.config.patch_size
+        self.patch_size_px = cast("int", self.vit.config.patch_size)
         blocks = self.vit.encoder.layer
         self.vit.encoder.layer = blocks[: checked_depth(config, len(blocks))]
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]."""
         tokens = self.vit.embeddings(pixels_B3ww)
         for block in self.vit.encoder.layer:
             tokens = block(tokens)
@@ -71,6 +72,7 @@ class Dinov2Tower(Tower):
         return tokens[:, 0], tokens[:, 1:]
 
     def final_norm(self, tokens: Tensor) -> Tensor:
+        """[.., E] -> [.., E]."""
         return cast("Tensor", self.vit.layernorm(tokens))
 
 
@@ -94,6 +96,8 @@ class OpenClipTower(Tower):
         self.visual = model.visual
         self.mean, self.std = tuple(self.visual.image_mean), tuple(self.visual.image_std)
         timm_vit = getattr(self.visual, "trunk", None)
+        if not hasattr(timm_vit, "blocks") and not hasattr(self.visual, "transformer"):
+            raise ValueError(f"vision.name is {config.name!r}, which is no ViT and has no patch tokens. Use a ViT.")
         if timm_vit is not None:
             self.depth, self.width = len(timm_vit.blocks), timm_vit.embed_dim
             self.patch_size_px = timm_vit.patch_embed.patch_size[0]
@@ -105,18 +109,20 @@ class OpenClipTower(Tower):
         self.depth = checked_depth(config, self.depth)
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]."""
         out = self.visual.forward_intermediates(
             pixels_B3ww,
             indices=[self.depth - 1],
             stop_early=True,
             normalize_intermediates=False,
             intermediates_only=True,
-            image_output_fmt="NLC",
-            image_output_extra_tokens=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
         )
         return out["image_intermediates_prefix"][-1][:, 0], out["image_intermediates"][-1]
 
     def final_norm(self, tokens: Tensor) -> Tensor:
+        """[.., E] -> [.., E]."""
         return cast("Tensor", self.norm(tokens))
 
 
@@ -131,7 +137,9 @@ def checked_depth(config: VisionConfig, num_blocks: int) -> int:
     """
     depth = num_blocks if config.hidden_layer is None else config.hidden_layer
     if not 1 <= depth <= num_blocks:
-        raise ValueError(f"vision.hidden_layer is {depth}, but {config.name} has {num_blocks} blocks: use 1 to {num_blocks}.")
+        raise ValueError(
+            f"vision.hidden_layer is {depth}, but the tower has {num_blocks} blocks: use 1 to {num_blocks}."
+        )
     return depth
 
 
@@ -155,7 +163,7 @@ class VisionEncoder(OwnsFrozen):
         tower = TOWERS[config.tower](config)
         if tower.patch_size_px != config.patch_size_px:
             raise ValueError(
-                f"vision.patch_size_px is {config.patch_size_px}, but {config.name} has patches of {tower.patch_size_px} px: "
+                f"vision.patch_size_px is {config.patch_size_px}, but the tower's are {tower.patch_size_px} px: "
                 f"set it to {tower.patch_size_px}."
             )
         self.tower = freeze(tower.to(torch_dtype(config.dtype)))

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from osm_lightning.batch import Answer, MaskBatch, NamedMask, mode_index
 from osm_lightning.model.language import LanguageModel
@@ -55,7 +54,7 @@ def generate_greedy(
     results = [Generated([]) for _ in range(len(prefix_RXZ))]
     if not results:
         return results
-    cache = DynamicCache()
+    cache = language.new_cache()
     ends = torch.tensor(list(eos_ids), device=prefix_RXZ.device)
     alive_R = torch.arange(len(results), device=prefix_RXZ.device)
     step_RXZ = prefix_RXZ

@@ -3,7 +3,7 @@
 A dataset's share of the loss is therefore its weight, not its number of masks or the length of its names.
 """
 
-# P supervised tokens  V LLM vocabulary  M masks  g groups: dataset * 2 + (1 in a vocabulary's mode, 0 in the agnostic one)
+# P supervised tokens  V LLM vocabulary  M masks  g groups: dataset * 2 + (0 in the agnostic mode, 1 in its own)
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.naming import NamingAccuracy, ScoreRow
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
-from osm_lightning.model.osm import OSM
+from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
@@ -91,17 +92,13 @@ class OSMTask(lightning.LightningModule):
 
     # Training -----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:
         """Loss of one mixed batch."""
         answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
         loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
-        parts = {
-            f"train/loss/{dataset}/{kind}": loss.mean_g[2 * row + column]
-            for row, dataset in enumerate(batch.datasets)
-            for column, kind in enumerate((AGNOSTIC_NAME, "own"))
-        }
+        groups = [f"train/loss/{dataset}/{mode}" for dataset in batch.datasets for mode in (AGNOSTIC_NAME, "own")]
         present = loss.present_g.tolist()
-        self.log_dict({name: value for (name, value), there in zip(parts.items(), present, strict=True) if there})
+        self.log_dict({name: loss.mean_g[g] for g, name in enumerate(groups) if present[g]})
         self.log("train/loss", loss.total, prog_bar=True)
         return loss.total
 
@@ -125,13 +122,13 @@ class OSMTask(lightning.LightningModule):
             vocabulary = self._data.labels(name).vocabulary
             if vocabulary is None:
                 raise ValueError(
-                    f"data.sources.{name} has no vocabulary, so that Acc and NIV mean nothing. Set its `vocabulary`, or "
+                    f"data.sources.{name} has no vocabulary, so that Acc means nothing. Set its `vocabulary`, or "
                     "set its `val` to null."
                 )
             for mode in self._modes_of(name):
                 self.scores[f"{name}/{mode}"] = NamingAccuracy(vocabulary).to(self.device)
 
-    def validation_step(self, batch: MaskBatch, batch_index: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
+    def validation_step(self, batch: MaskBatch, batch_index: int, dataloader_idx: int = 0) -> None:
         """Names all masks of the batch's images and counts the right ones."""
         (dataset,) = batch.datasets
         if not batch.num_masks:
@@ -139,7 +136,11 @@ class OSMTask(lightning.LightningModule):
         keep = batch.class_id_M != FREE_TEXT
         if not bool(keep.all()):
             raise ValueError(f"data.sources.{dataset}: a mask of image {batch.keys[0]} has no class to be measured by.")
-        named = self._name(batch, self._modes_of(dataset))
+        images = self.osm.encode(batch.images_I3SS)
+        answers = self.osm(batch, images=images)
+        nll = F.cross_entropy(answers.logits_PV, answers.target_P)
+        self.log(f"val/loss/{dataset}", nll, batch_size=len(answers.target_P), add_dataloader_idx=False)
+        named = self._name(batch, images, self._modes_of(dataset))
         for mode in self._modes_of(dataset):
             metric = cast("NamingAccuracy", self.scores[f"{dataset}/{mode}"])
             metric.update([mask.answers[mode].name for mask in named], batch.class_id_M)
@@ -162,13 +163,12 @@ class OSMTask(lightning.LightningModule):
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: MaskBatch, batch_index: int) -> list[NamedMask]:  # noqa: ARG002
+    def predict_step(self, batch: MaskBatch, batch_index: int) -> list[NamedMask]:
         """Names all masks of the batch's images."""
-        return self._name(batch, self.named_modes or [AGNOSTIC_NAME])
+        return self._name(batch, self.osm.encode(batch.images_I3SS), self.named_modes or [AGNOSTIC_NAME])
 
-    def _name(self, batch: MaskBatch, modes: Sequence[str]) -> list[NamedMask]:
+    def _name(self, batch: MaskBatch, images: EncodedImages, modes: Sequence[str]) -> list[NamedMask]:
         codec = self._data.codec
-        images = self.osm.encode(batch.images_I3SS)
         return name_masks(self.osm, images, batch, modes, codec.decode, codec.eos_ids, self.max_new_tokens)
 
     def _own_mode(self, dataset: str) -> str:
