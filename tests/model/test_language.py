@@ -44,17 +44,6 @@ def test_with_and_without_a_cache_the_hidden_states_agree() -> None:
     assert cache.get_seq_length() == 7
 
 
-def test_positions_count_on_from_the_cache_unless_they_are_given() -> None:
-    language = tiny_language()
-    inputs = torch.randn(2, 5, WIDTH)
-    wanted = language.hidden(inputs)[:, 4]
-    for positions, same in ((torch.full((2, 1), 4), True), (torch.full((2, 1), 1), False)):
-        cache = DynamicCache()
-        language.hidden(inputs[:, :4], cache)
-        last = language.hidden(inputs[:, 4:], cache, positions)[:, 0]
-        assert torch.allclose(last, wanted, atol=1e-5) == same
-
-
 def test_padding_on_the_right_is_not_seen() -> None:
     language = tiny_language()
     inputs = torch.randn(2, 6, WIDTH)

@@ -223,7 +223,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"patch_size_px": 2}, r"vision\.patch_size_px is 2.*patches of 4 px"),
+            ({"patch_size_px": 2}, r"vision\.patch_size_px is 2.*are 4 px"),
             ({"image_size_px": 28}, r"vision\.image_size_px is 28.*multiple of 8.*Use (24|32)"),
             ({"image_size_px": 4}, r"vision\.image_size_px is 4.*multiple of 8.*Use 8"),
             ({"image_size_px": 26, "use_windows": False}, r"vision\.image_size_px is 26.*multiple of 4"),

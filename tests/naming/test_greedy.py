@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
@@ -38,6 +39,9 @@ class Chain:
 
     def embed(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids, len(CHAIN)).float()
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache()
 
     def hidden(self, inputs_MXZ: Tensor, cache: Any) -> Tensor:
         self.rows_run.append(len(inputs_MXZ))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import combinations
 
 import naive_osm
 import pytest
@@ -221,13 +222,24 @@ def test_so_they_are_where_the_prompt_is_supervised() -> None:
     check_equality(tiny_model(), supervise_prompt=True)
 
 
+def eos_that_ends_rows_apart(model: OSM, examples: list[Example], mode: int, most: int) -> tuple[int, ...]:
+    """Ids to stand for EOS, so that of a random LLM's endless chains some end early, some late and some not at all."""
+    chains = [naive_osm.greedy_name(model, example, mode, (), most)[0] for example in examples]
+    for candidates in combinations(sorted({token for chain in chains for token in chain}), 2):
+        ends = {next((i for i, token in enumerate(chain) if token in candidates), most) for chain in chains}
+        if len(ends) > 2 and most in ends:
+            return candidates
+    raise AssertionError("no two ids end the chains at different steps: use another seed")
+
+
 @pytest.mark.parametrize("mode", ["agnostic", "lvis"])
 def test_names_are_those_of_one_mask_at_a_time_without_a_cache(mode: str) -> None:
     model = tiny_model().eval()
     images = tiny_examples(same_prompt=True)
     examples = [example for masks in images for example in masks]
     batch = batch_of(images, DEFAULT.context)
-    eos_ids, most = (3, 20, 26, 37), 6  # several, so that a random LLM comes upon one after 1 to 5 tokens, or never
+    most = 6
+    eos_ids = eos_that_ends_rows_apart(model, examples, mode_index(mode, model.modes.names), most)
     with torch.no_grad():
         encoded = model.encode(batch.images_I3SS)
     named = name_masks(model, encoded, batch, ["agnostic", "lvis"], str, eos_ids, most, rows_per_chunk=5)

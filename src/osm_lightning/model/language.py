@@ -31,6 +31,7 @@ class LanguageModel(OwnsFrozen):
         super().__init__()
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+        self.config = config
         dtype = torch_dtype(config.dtype)
         if config.architecture is not None:
             model: Any = cast("nn.Module", LlamaForCausalLM(LlamaConfig(**config.architecture))).to(dtype)

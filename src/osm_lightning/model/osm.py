@@ -5,7 +5,7 @@ Composition only. Images are encoded once (`encode`); their masks are turned int
 """
 
 # I images  M masks  S image side, px  N image tokens  Q queries per set  A all queries  L text ids  X LLM positions
-# P supervised tokens  V LLM vocabulary  D Q-Former width  Z LLM width
+# P supervised tokens  R masks that go through the LLM together  V LLM vocabulary  D Q-Former width  Z LLM width
 
 from __future__ import annotations
 
@@ -123,23 +123,32 @@ class OSM(nn.Module):
             supervise_prompt: predict the prompt's tokens too (released behaviour); the paper's loss is on the answer.
 
         Returns:
-            Logits of the supervised tokens: answer and EOS, in the order of the batch.
+            Logits of the supervised tokens: answer and EOS, mask by mask.
         """
         prefix_MQZ = self.mask_tokens(images or self.encode(batch.images_I3SS), batch)
-        text_MLZ = self.language.embed(batch.text_ids_ML)
-        hidden_MXZ = self.language.hidden(torch.cat([prefix_MQZ.to(text_MLZ.dtype), text_MLZ], dim=1))
-        position_L = torch.arange(batch.text_ids_ML.shape[1], device=batch.text_ids_ML.device)
-        supervised_ML = position_L < batch.text_tokens_M[:, None]
+        num_groups = self.language.config.length_groups
+        tokens_M = batch.text_tokens_M
+        order_M = tokens_M.argsort() if num_groups > 1 else torch.arange(len(tokens_M), device=tokens_M.device)
+        groups = order_M.chunk(num_groups)
+        parts = [self._answer_logits(prefix_MQZ, batch, rows, supervise_prompt) for rows in groups]
+        return AnswerLogits(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _answer_logits(
+        self, prefix_MQZ: Tensor, batch: MaskBatch, rows_R: Tensor, supervise_prompt: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, targets and mask indices of some masks (R), whose texts are cut to the longest among them."""
+        tokens_R = batch.text_tokens_M[rows_R]
+        ids_RL = batch.text_ids_ML[rows_R, : int(tokens_R.max())]
+        text_RLZ = self.language.embed(ids_RL)
+        hidden_RXZ = self.language.hidden(torch.cat([prefix_MQZ[rows_R].to(text_RLZ.dtype), text_RLZ], dim=1))
+        position_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)
+        supervised_RL = position_L < tokens_R[:, None]
         if not supervise_prompt:
-            supervised_ML &= position_L >= batch.prompt_tokens_M[:, None]
-        mask_index_P, text_index_P = supervised_ML.nonzero(as_tuple=True)
+            supervised_RL &= position_L >= batch.prompt_tokens_M[rows_R, None]
+        row_P, text_index_P = supervised_RL.nonzero(as_tuple=True)
         # The token at text position t is predicted from the position before it.
         before_P = prefix_MQZ.shape[1] + text_index_P - 1
-        return AnswerLogits(
-            logits_PV=self.language.logits(hidden_MXZ[mask_index_P, before_P]),
-            target_P=batch.text_ids_ML[mask_index_P, text_index_P],
-            mask_index_P=mask_index_P,
-        )
+        return self.language.logits(hidden_RXZ[row_P, before_P]), ids_RL[row_P, text_index_P], rows_R[row_P]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of what is trained: position, queries, Q-Former, modes, projection."""

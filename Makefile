@@ -1,0 +1,48 @@
+# `make` or `make help` lists what there is.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check format bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.14.*" "torchvision==0.29.*" numpy
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install everything into it
+
+weights/mini/vision weights/mini/language: | $(STAMP)
+	@$(BIN)/osm weights fetch mini --out weights
+
+demo: $(STAMP) | weights/mini/vision weights/mini/language  ## name a real photograph's masks, then train and validate (15 minutes on two CPU cores)
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## the suite (at most ten minutes)
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) | weights/mini/vision weights/mini/language  ## what takes longer
+	@$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
+
+check: $(STAMP)  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## mend what lint and format can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## masks/s of training and naming, K = 1 and 8, and where the time goes
+	@$(BIN)/python benchmarks/bench_model.py
+
+clean:  ## remove .venv, caches and runs; weights and shards stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache runs build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
