@@ -20,11 +20,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from transformers.utils import logging as transformers_logging
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.segments import read_segments
+from osm_lightning.model.language import quiet_loading
 from osm_lightning.shard_index import INDEX_FILE, read_index
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WritePredictions, WriteScores
 from osm_lightning.training.task import OSMTask
@@ -269,11 +269,14 @@ def main(argv: list[str]) -> None:
     Raises:
         ValueError: what the user can mend.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    quiet_loading()
     # Hints that do not apply: batches are made whole in the workers, and the machine's cores are the user's choice.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # The frozen parts are to be in eval.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     OSMCLI(
         OSMTask,

@@ -232,8 +232,11 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
             raise ValueError(f"{record.width_px} x {record.height_px} px is no picture's size")
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.") from error
-    if record.segment_map_png is None and any(segment.rle is None for segment in segments):
-        raise ValueError(f"sample {key}: a segment has no RLE and there is no .seg.png. Build the shard again.")
+    if any((segment.rle is None) != (record.segment_map_png is not None) for segment in segments):
+        raise ValueError(
+            f"sample {key}: its segments must all be in the .seg.png, or all carry RLE; which they do is mixed. Build the "
+            "shard again."
+        )
     return record
 
 

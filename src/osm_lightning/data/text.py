@@ -44,14 +44,22 @@ class TextCodec:
         Raises:
             ValueError: a tokenizer is missing, or has no EOS.
         """
+        self._names = (tokenizer, instruction_tokenizer)
         self._language = load_tokenizer(tokenizer)
         self._instruction = None if instruction_tokenizer is None else load_tokenizer(instruction_tokenizer)
         if self._language.eos_token_id is None:
             raise ValueError(f"tokenizer {tokenizer!r} has no EOS token, so that no answer could ever end.")
         self.eos_ids: tuple[int, ...] = (int(self._language.eos_token_id),)
-        # A tokenizer that puts BOS first by itself belongs to an LLM that was trained with one.
+        # A tokenizer that puts BOS first by itself belongs to an LLM that was trained with one. Which id that is, its
+        # settings say: InstructBLIP's is </s>, where newer classes put Llama's <s>.
         self._bos = self._leading_special_ids()
+        if self._bos and self._language.bos_token_id is not None:
+            self._bos = [int(self._language.bos_token_id)]
         self.encode = lru_cache(maxsize=100_000)(self._encode)
+
+    def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None]]:
+        # What is remembered of `encode` cannot be pickled, and workers that are spawned need not have it.
+        return TextCodec, self._names
 
     @property
     def instruction_vocabulary(self) -> int:
@@ -87,7 +95,9 @@ class TextCodec:
         return Text(tuple(ids), len(prompt_ids), instruction)
 
     def _ids(self, text: str) -> list[int]:
-        return cast("list[int]", self._language(text, add_special_tokens=False)["input_ids"])
+        # Split: "<eos>" in a free-text name is letters, not the end of the answer.
+        encoded = self._language(text, add_special_tokens=False, split_special_tokens=True)
+        return cast("list[int]", encoded["input_ids"])
 
     def _leading_special_ids(self) -> list[int]:
         plain = self._ids("a")
@@ -99,15 +109,21 @@ def load_tokenizer(name: str) -> Any:
     """Loads a tokenizer by folder or hub id, or makes the built-in one.
 
     Raises:
-        ValueError: it is not there, or a built-in size is too small.
+        ValueError: it is not there, or a built-in size is no number or too small.
     """
     from transformers import AutoTokenizer
 
     if name.startswith(BUILTIN):
-        return builtin_tokenizer(int(name.removeprefix(BUILTIN)))
+        size = name.removeprefix(BUILTIN)
+        if not size.isdecimal():
+            raise ValueError(f"tokenizer {name!r}: {BUILTIN!r} must be followed by a number of ids, as in builtin:512.")
+        return builtin_tokenizer(int(size))
     if name.startswith((".", "/", "weights/")) and not Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: there is no such folder.")
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer {name!r} is neither a folder of a tokenizer nor a hub id ({error}).") from error
 
 
 @lru_cache(maxsize=4)
@@ -123,9 +139,9 @@ def builtin_tokenizer(size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if size < 260:
+    if size < 258:
         raise ValueError(
-            f"tokenizer builtin:{size} is too small: 256 bytes and 2 special tokens need at least 260 ids."
+            f"tokenizer builtin:{size} is too small: 256 bytes and 2 special tokens need 258 ids. Use at least 300."
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -92,3 +92,11 @@ class LanguageModel(OwnsFrozen):
         if scale != 1.0:
             logits_PV = logits_PV * scale
         return logits_PV if cap is None else torch.tanh(logits_PV / cap) * cap
+
+
+def quiet_loading() -> None:
+    """Turns off transformers' own progress bars and advice; a local model loads in seconds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

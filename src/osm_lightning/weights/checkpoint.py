@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from osm_lightning.batch import mode_names
 
 CONTENT_KEY = "osm"
 """Key of our entry in a Lightning checkpoint."""
@@ -37,6 +40,18 @@ class Checkpoint:
     """Resolved config, YAML."""
     frozen: Mapping[str, str]
     """Fingerprints of the frozen parts it was trained with."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Its modes in the order of its tables, agnostic first.
+
+        Raises:
+            ValueError: the config does not say.
+        """
+        try:
+            return mode_names(yaml.safe_load(self.config)["model"]["modes"])
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise ValueError(f"the checkpoint's config names no model.modes ({error!r}). Export it again.") from error
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

@@ -53,21 +53,17 @@ def check_tensors(model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str
             )
 
 
-def load_trained(model: OSM, checkpoint: Checkpoint, checkpoint_modes: Sequence[str] | None = None) -> None:
+def load_trained(model: OSM, checkpoint: Checkpoint) -> None:
     """Copies a checkpoint's trained tensors into a model.
 
-    Args:
-        model: the target.
-        checkpoint: what is loaded.
-        checkpoint_modes: modes of the checkpoint in the order of its tables, agnostic first. Where they differ from
-            the model's, rows go by name, and a mode that is new starts as the agnostic one. None: they are the same.
+    Modes go by name, not by place; one that the checkpoint lacks starts as its agnostic one, with a warning.
 
     Raises:
         ValueError: the checkpoint is of another model.
     """
     tensors = dict(checkpoint.tensors)
-    if checkpoint_modes is not None and tuple(checkpoint_modes) != model.modes.names:
-        rows = [_row(name, checkpoint_modes) for name in model.modes.names]
+    if checkpoint.modes != model.modes.names:
+        rows = [_row(name, checkpoint.modes) for name in model.modes.names]
         for table in MODE_TABLES:
             if table in tensors:
                 tensors[table] = tensors[table][rows]

@@ -1,0 +1,97 @@
+"""A checkpoint as a folder to share: safetensors, config, the frozen parts' identity and a card that explains them.
+
+The optimizer's state stays behind, and so does everything frozen: who uses the folder needs the same frozen weights,
+and is told so when they differ.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from osm_lightning.batch import mode_names
+from osm_lightning.weights.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, write_folder
+
+
+def export(ckpt: str, out: Path) -> Checkpoint:
+    """Writes a checkpoint's shareable form.
+
+    Args:
+        ckpt: a `.ckpt` file, a folder that was exported before, or `last`.
+        out: the new folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: the checkpoint does not exist or is not one of ours, or the folder exists.
+    """
+    path = find_checkpoint(ckpt)
+    checkpoint = read_checkpoint(path)
+    try:
+        card = model_card(checkpoint, out)
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its config is not that of a run of `osm fit` ({error!r}).") from error
+    write_folder(checkpoint, out, card)
+    return checkpoint
+
+
+def model_card(checkpoint: Checkpoint, folder: Path) -> str:
+    """What the folder's README.md says.
+
+    Args:
+        checkpoint: its content.
+        folder: where it will stand; the example names it.
+    """
+    config = yaml.safe_load(checkpoint.config)
+    model = config["model"]
+    modes = mode_names(model["modes"])
+    tensors = checkpoint.tensors.values()
+    num_parameters, num_bytes = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    frozen = "\n".join(
+        f"| {part} | {_origin(model[part])} | `{identity}` |" for part, identity in checkpoint.frozen.items()
+    )
+    path = shlex.quote(str(folder))
+    return f"""\
+# {folder.name}
+
+The trained parts of an OSM model, which names whatever is inside a segmentation mask, with no vocabulary given
+(https://arxiv.org/abs/2311.08400). Made with osm_lightning; `config.yaml` is the config of the training run.
+
+| | |
+|---|---|
+| trained | {num_parameters:,} parameters, {num_bytes:,} bytes (`model.safetensors`) |
+| modes | {", ".join(modes)} |
+| trained on | {", ".join(config["data"]["sources"])} |
+| input | {model["vision"]["image_size_px"]} px in windows of {model["vision"]["window_size_px"]} px |
+
+## Frozen parts
+
+They are not in this folder. It works with exactly those it was trained with; the identity (also in `frozen.json`) is
+compared when it is loaded.
+
+| part | weights | identity |
+|---|---|---|
+{frozen}
+
+## Use
+
+```
+osm predict --ckpt {path} --images IMAGES --masks MASKS --modes {",".join(modes)} --out NAMED
+osm validate --ckpt {path}
+```
+
+Where the frozen weights lie elsewhere than the table says, add `--model.vision.name` (for an open_clip file
+`--model.vision.pretrained`) or `--model.language.name`.
+"""
+
+
+def _origin(part: dict[str, Any]) -> str:
+    """Where a frozen part's weights come from, in the config's own words."""
+    if part["architecture"] is not None:
+        return "random (sizes and seed are in config.yaml)"
+    name, pretrained = part["name"], part.get("pretrained")
+    return f"`{name}`" if pretrained is None else f"`{name}`, `{pretrained}`"
