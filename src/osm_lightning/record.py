@@ -234,8 +234,7 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
         raise ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.") from error
     if any((segment.rle is None) != (record.segment_map_png is not None) for segment in segments):
         raise ValueError(
-            f"sample {key}: its segments must all be in the .seg.png, or all carry RLE; which they do is mixed. Build the "
-            "shard again."
+            f"sample {key}: its segments must all be in the .seg.png, or all carry RLE. Build the shard again."
         )
     return record
 
