@@ -192,9 +192,7 @@ class MaskQFormer(nn.Module):
         self.instruction = Instruction(config) if config.instruction_tokenizer else None
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # BERT's deviation of 0.02 suits a width of 768 and long training; at smaller widths it lets so little
-                # of the image through that the first hundreds of steps are lost.
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
         # Released code: the mask queries start as a copy of InstructBLIP's query tokens, which become the context
         # queries. From scratch both are drawn with BERT's deviation.
