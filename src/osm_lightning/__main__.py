@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -52,9 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nosm {command}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
-        if not is_ours(error) or os.environ.get("OSM_TRACEBACK"):
+        message = message_of(error)
+        if message is None or os.environ.get("OSM_TRACEBACK"):
             raise
-        print(f"osm {command}: error: {error}", file=sys.stderr)
+        print(f"osm {command}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -86,10 +88,16 @@ def usage() -> str:
     return "\n".join([head, "", "commands:", *lines, "", EXAMPLES.rstrip()])
 
 
-def is_ours(error: BaseException) -> bool:
-    """Whether an error was raised by this package, and so says all that a user needs, or by a library below."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+def message_of(error: BaseException) -> str | None:
+    """What an error says, if it was raised by this package and so says all that a user needs; None for a library's.
+
+    An error of a DataLoader's worker process arrives as text: the worker's traceback, then the message.
+    """
+    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if "in DataLoader worker process" in message.partition("\n")[0]:
+        frames, _, message = message.rpartition(f"\n{type(error).__name__}: ")
+        files = re.findall(r'^  File "(.+)", line', frames, flags=re.MULTILINE)
+    return message.rstrip() if files and Path(files[-1]).is_relative_to(Path(__file__).parent) else None
 
 
 if __name__ == "__main__":

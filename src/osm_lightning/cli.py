@@ -11,7 +11,6 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,16 @@ from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.shard_index import INDEX_FILE, read_index
-from osm_lightning.training.callbacks import KeepConfig, Throughput, WritePredictions, WriteScores
+from osm_lightning.training.callbacks import (
+    KeepConfig,
+    Throughput,
+    WritePredictions,
+    WriteScores,
+    checkpoints,
+    set_aside,
+)
 from osm_lightning.training.task import OSMTask
-from osm_lightning.weights.checkpoint import find_checkpoint, read_checkpoint
+from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
 from osm_lightning.weights.registry import fetch_command
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -85,6 +91,8 @@ class OSMCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        # The generated usage is a hundred lines, which would stand before every message.
+        parser.usage = f"osm {subcommand} [--ckpt CKPT] [--config FILE]... [--section.setting VALUE]..."
         resume = subcommand == "fit"
         parser.add_argument(
             "--ckpt",
@@ -123,7 +131,9 @@ class OSMCLI(LightningCLI):
 
     def _check_prediction(self) -> None:
         options = self.options
-        options.modes = [MODE_ALIASES.get(mode, mode) for mode in options.modes]
+        options.modes = list(dict.fromkeys(MODE_ALIASES.get(mode, mode) for mode in options.modes))
+        if not options.modes:
+            raise ValueError(f"--modes names no mode. Name some of {', '.join(mode_names(options.model.modes))}.")
         for mode in options.modes:
             mode_index(mode, mode_names(options.model.modes))
         self.segments = read_segments(options.images, options.masks)
@@ -139,6 +149,7 @@ class OSMCLI(LightningCLI):
         self.run_folder = Path(self.options.run or default_run())
         given = self.config_init[self.subcommand].trainer
         if given.logger is None:
+            set_aside(self.run_folder / "metrics.csv")
             kwargs["logger"] = [
                 make(str(self.run_folder), name="", version="") for make in (CSVLogger, TensorBoardLogger)
             ]
@@ -194,16 +205,6 @@ class OSMCLI(LightningCLI):
     after_test = after_validate
 
 
-def checkpoints(folder: Path) -> list[ModelCheckpoint]:
-    """Two checkpoints of a run: the last, written often, and the best by validation accuracy."""
-    in_folder = partial(ModelCheckpoint, dirpath=folder, enable_version_counter=False, auto_insert_metric_name=False)
-    return [
-        in_folder(filename="last", every_n_train_steps=200),
-        in_folder(filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
-        in_folder(filename="best", monitor="val/acc", mode="max"),
-    ]
-
-
 def default_run() -> str:
     """A new folder under `runs/`, the same for all processes of a run."""
     job = os.environ.get("SLURM_JOB_ID")
@@ -221,19 +222,16 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
         wanted.append(tower or ("model.vision.pretrained", vision.pretrained))
     if language.architecture is None:
         wanted.append(("model.language.name", language.name))
-    if options.model.qformer.instruction_tokenizer is not None:
-        wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))
-    if options.model.weights is not None:
-        wanted.append(("model.weights", options.model.weights))
+    wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))
+    wanted.append(("model.weights", options.model.weights))
     for setting, name in wanted:
         if name is not None and name.startswith((".", "/", "weights/", "models/")) and not Path(name).exists():
             command = fetch_command(name)
             yield f"{setting}: {name}  ->  {command or 'no command makes it: give a folder that exists, or a hub id'}"
     for key, source in options.data.sources.items() if with_shards else ():
-        splits = [split for split in (source.train, source.val) if split is not None]
         folder = Path(source.shards)
         there = read_index(folder).splits if (folder / INDEX_FILE).is_file() else {}
-        for split in dict.fromkeys(splits):
+        for split in dict.fromkeys(filter(None, (source.train, source.val))):
             if split not in there:
                 build = f"osm shards build {key} --src RAW_{key.upper()} --split {split} --out {folder}"
                 yield f"data.sources.{key}: split {split} of {folder}  ->  {build}"
@@ -248,6 +246,11 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         ValueError: the checkpoint does not exist or is not one of ours.
     """
     command, rest = argv[0], list(argv[1:])
+    if not any(word.split("=")[0] in {"--config", "-c", "--ckpt", "-h", "--help"} for word in rest):
+        raise ValueError(
+            "neither --config nor --ckpt is given, so there is no model: `osm --help` shows both. "
+            + found_checkpoints()
+        )
     for place, word in enumerate(rest):
         if word == "--ckpt" and place + 1 < len(rest):
             path, length = rest[place + 1], 2
@@ -256,7 +259,13 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         else:
             continue
         path = str(find_checkpoint(path))
-        config = read_checkpoint(path).config
+        checkpoint = read_checkpoint(path)
+        if command == "fit" and Path(path).is_dir():
+            raise ValueError(
+                f"{path} is an exported folder, which has no optimizer state to go on from. Give a .ckpt file, or "
+                f"start a new run from its weights: --config {path}/config.yaml --model.weights {path}"
+            )
+        config = checkpoint.config if command == "fit" else checkpoint.config_elsewhere()
         rest[place : place + length] = ["--ckpt", path]
         weights = ["--model.weights", "null" if command == "fit" else path]
         return [command, "--config", config, *rest, *weights]

@@ -145,6 +145,12 @@ class OSMData(lightning.LightningDataModule):
         ):
             if not holds:
                 raise ValueError(f"data.{setting} is {value}, but must be {rule}.")
+        for name, source in self.sources.items():
+            if not source.weight > 0:
+                raise ValueError(
+                    f"data.sources.{name}.weight is {source.weight}, but must be more than 0. To leave a source out of "
+                    "training, set its `train` to null."
+                )
 
     @property
     def codec(self) -> TextCodec:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -28,6 +30,7 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.masks_seen = 0
+        self._step = 0
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,6 +43,7 @@ class Throughput(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock; what came before was not training."""
+        self._step = trainer.global_step
         self._forget()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +65,10 @@ class Throughput(Callback):
         self._masks += batch.num_masks * trainer.world_size
         self._images += batch.num_images * trainer.world_size
         self._vanished += batch.num_vanished
-        if (batch_idx + 1) % trainer.log_every_n_steps:
+        # Lightning writes at these steps only, and drops what is logged at others.
+        accumulates = trainer.global_step == self._step
+        self._step = trainer.global_step
+        if accumulates or trainer.global_step % trainer.log_every_n_steps:
             return
         passed_s = self._step_ended_s - self._since_s
         pl_module.log("train/masks_per_s", self._masks / passed_s, prog_bar=True)
@@ -81,6 +88,24 @@ class Throughput(Callback):
         self._since_s = self._step_ended_s = time.perf_counter()
 
 
+def checkpoints(folder: Path) -> list[ModelCheckpoint]:
+    """Two checkpoints of a run: the last, written often, and the best by validation accuracy."""
+    in_folder = partial(ModelCheckpoint, dirpath=folder, enable_version_counter=False, auto_insert_metric_name=False)
+    return [
+        in_folder(filename="last", every_n_train_steps=200),
+        in_folder(filename="last", every_n_epochs=1, save_on_train_epoch_end=True),
+        in_folder(filename="best", monitor="val/acc", mode="max"),
+    ]
+
+
+@rank_zero_only
+def set_aside(metrics: Path) -> None:
+    """Numbers the metrics.csv of a run's earlier part, which CSVLogger would delete."""
+    if metrics.exists():
+        parts = len(list(metrics.parent.glob("metrics.*.csv")))
+        metrics.rename(metrics.with_name(f"metrics.{parts + 1}.csv"))
+
+
 class KeepConfig(SaveConfigCallback):
     """Writes the resolved config beside the logs of a fit, and into its checkpoints."""
 
@@ -94,7 +119,7 @@ class KeepConfig(SaveConfigCallback):
         config = self.config.clone()
         for key in self.PER_CALL:
             config.pop(key, None)
-        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
         cast("OSMTask", pl_module).config_text = text
         if trainer.is_global_zero and trainer.log_dir is not None:
             folder = Path(trainer.log_dir)

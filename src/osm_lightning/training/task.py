@@ -5,6 +5,7 @@ It decides nothing about the model or the data; it calls them in order and logs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
-from osm_lightning.weights.checkpoint import CONTENT_KEY, read_checkpoint
+from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
 from osm_lightning.weights.trained import check_tensors, load_trained
 
 
@@ -80,22 +81,39 @@ class OSMTask(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was trained, and adds the config and the identity of the frozen parts."""
-        trained = {f"osm.{name}" for name, _ in self.osm.trained()}
+        trained = {PREFIX + name for name, _ in self.osm.trained()}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[CONTENT_KEY] = {"config": self.config_text, "frozen": self.osm.frozen_identity()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that exactly the trained parts arrive, and that the frozen ones are those it was trained with."""
         self.strict_loading = False
-        tensors = {key.removeprefix("osm."): value for key, value in checkpoint["state_dict"].items()}
-        check_tensors(self.osm, tensors, checkpoint[CONTENT_KEY]["frozen"])
+        tensors = {key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items()}
+        content = Checkpoint(tensors, **checkpoint[CONTENT_KEY])
+        # Rows are taken over as they stand; a run outside the command carries no config to compare with.
+        if content.config and content.modes != self.osm.modes.names:
+            raise ValueError(
+                f"the checkpoint's modes are {', '.join(content.modes)}, but model.modes makes them "
+                f"{', '.join(self.osm.modes.names)}: a run goes on with the modes that it began with. To start a new "
+                "one from what was trained, give --model.weights instead of --ckpt."
+            )
+        check_tensors(self.osm, content.tensors, content.frozen)
 
     # Training -----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:
-        """Loss of one mixed batch."""
+        """Loss of one mixed batch.
+
+        Raises:
+            ValueError: it is no number; going on would ruin the weights, and skipping it on one rank hang the others.
+        """
         answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
         loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
+        if not bool(loss.total.isfinite()):
+            raise ValueError(
+                f"train/loss is {float(loss.total)} at step {self.global_step} (images {', '.join(batch.keys[:5])}). "
+                "Lower model.optim.lr, or use trainer.precision 32, and go on from the last checkpoint."
+            )
         groups = [f"train/loss/{dataset}/{mode}" for dataset in batch.datasets for mode in (AGNOSTIC_NAME, "own")]
         present = loss.present_g.tolist()
         self.log_dict({name: loss.mean_g[g] for g, name in enumerate(groups) if present[g]})
@@ -103,10 +121,19 @@ class OSMTask(lightning.LightningModule):
         return loss.total
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and a schedule that counts optimizer steps."""
+        """AdamW, and a schedule that counts optimizer steps.
+
+        Raises:
+            ValueError: the run has no end that is known in steps.
+        """
         optimizer = adamw(self.osm, self.optim)
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = warmup_cosine(optimizer, self.optim, total_steps)
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ValueError(
+                "trainer.max_epochs is -1 and trainer.max_steps is not set, but the learning rate falls to the end of "
+                "the run. Set one of them; trainer.max_time may stop the run before."
+            )
+        scheduler = warmup_cosine(optimizer, self.optim, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _weights(self, datasets: Sequence[str]) -> Tensor:

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,6 +27,9 @@ CONTENT_KEY = "osm"
 
 PREFIX = "osm."
 """Where the model hangs in the LightningModule, and with it the prefix of its keys in a `.ckpt`."""
+
+MACHINE_SETTINGS = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
+"""Settings of the trainer that describe the machine: a model of eight GPUs names masks on a laptop."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,19 @@ class Checkpoint:
         except (yaml.YAMLError, KeyError, TypeError) as error:
             raise ValueError(f"the checkpoint's config names no model.modes ({error!r}). Export it again.") from error
 
+    def config_elsewhere(self) -> str:
+        """The config without what describes the machine that it was trained on.
+
+        Raises:
+            ValueError: it is not a run's config.
+        """
+        try:
+            content = yaml.safe_load(self.config)
+            trainer = {key: value for key, value in content["trainer"].items() if key not in MACHINE_SETTINGS}
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the checkpoint's config is not a run's ({error!r}). Export it again.") from error
+        return yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
+
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a `.ckpt` file or a folder of safetensors.
@@ -61,17 +76,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: there is nothing at the path, or it is not one of ours; a missing path is answered with the
             checkpoints that there are.
     """
-    path = Path(path)
+    path = find_checkpoint(str(path))
     if path.is_dir():
         return _read_folder(path)
-    find_checkpoint(str(path))
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         ours = content[CONTENT_KEY]
         tensors = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items()}
-        return Checkpoint(tensors, ours["config"], ours["frozen"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} was not written by `osm fit` (no entry {error}).") from error
+        return Checkpoint(tensors, str(ours["config"]), dict(ours["frozen"]))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"checkpoint {path} was not written by `osm fit` ({error!r}).") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
             f"checkpoint {path} cannot be read: {str(error).splitlines()[0]} It is broken, or holds code, which is "
@@ -130,10 +144,10 @@ def _read_folder(folder: Path) -> Checkpoint:
     try:
         tensors = load_file(folder / "model.safetensors")
         config = (folder / "config.yaml").read_text(encoding="utf-8")
-        frozen: Any = json.loads((folder / "frozen.json").read_text(encoding="utf-8"))
-    except (OSError, SafetensorError, ValueError) as error:
+        frozen: dict[str, str] = dict(json.loads((folder / "frozen.json").read_text(encoding="utf-8")))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ValueError(
             f"folder {folder} is no checkpoint ({error}). It must hold model.safetensors, config.yaml and frozen.json, "
             f"as `osm weights export` writes them. {found_checkpoints()}"
         ) from error
-    return Checkpoint(tensors, config, dict(frozen))
+    return Checkpoint(tensors, config, frozen)

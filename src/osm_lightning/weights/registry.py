@@ -99,16 +99,28 @@ SETS: dict[str, PartSet] = {_MINI.key: _MINI}
 """From key to set; the key is what `osm weights fetch` takes."""
 
 
+HUB = {
+    "weights/eva01_g14": "timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k open_clip_model.safetensors",
+    "weights/bert-base-uncased": "google-bert/bert-base-uncased tokenizer.json tokenizer_config.json config.json",
+    "weights/vicuna-7b-v1.1": "lmsys/vicuna-7b-v1.1",
+}
+"""From the folders that `configs/joint.yaml` names to what `hf download` puts there."""
+
+
 def fetch_command(path: str | Path) -> str | None:
     """The command that makes a folder that is missing, for other modules' error messages.
 
     Args:
-        path: a part's folder such as `weights/mini/vision`, or a set's such as `weights/mini`.
+        path: a part's folder such as `weights/mini/vision`, a set's such as `weights/mini`, or one of HUB's folders or
+            a file in it.
 
     Returns:
         Such as `osm weights fetch mini --out weights`, or None where no command makes this folder.
     """
     folder = Path(path)
+    for place in (folder, folder.parent):
+        if place.as_posix() in HUB:
+            return f"hf download {HUB[place.as_posix()]} --local-dir {place.as_posix()}"
     part_names = {part.name for part in SETS[folder.parent.name].parts} if folder.parent.name in SETS else set()
     if folder.name in part_names:
         folder = folder.parent

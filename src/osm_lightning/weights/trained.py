@@ -65,7 +65,7 @@ def load_trained(model: OSM, checkpoint: Checkpoint) -> None:
     if checkpoint.modes != model.modes.names:
         rows = [_row(name, checkpoint.modes) for name in model.modes.names]
         for table in MODE_TABLES:
-            if table in tensors:
+            if table in tensors and len(tensors[table]) == len(checkpoint.modes):
                 tensors[table] = tensors[table][rows]
     check_tensors(model, tensors, checkpoint.frozen)
     parameters = dict(model.trained())
