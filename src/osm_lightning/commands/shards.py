@@ -16,7 +16,7 @@ from osm_lightning.shard_index import SplitInfo, read_index
 from osm_lightning.shards.panoptic import LAYOUTS, read_split
 from osm_lightning.vocabulary import Vocabulary, load_vocabulary
 
-HELP = "build shards from a dataset as it is downloaded"
+HELP = "Build shards from a dataset as it is downloaded."
 
 _BUILD_EPILOG = """\
 Where coco looks, below --src:
