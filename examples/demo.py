@@ -51,7 +51,9 @@ def main() -> None:
 
     configs = [word for config in FIT for word in ("--config", config)]
     run = args.out / "fit"
-    osm("fit", *configs, "--data.masks_per_epoch", args.masks, "--run", run)
+    # Validation is the next command's business.
+    short = ("--data.masks_per_epoch", args.masks, "--trainer.limit_val_batches", 0)
+    osm("fit", *configs, *short, "--run", run)
     osm("validate", "--ckpt", run / "checkpoints" / "last.ckpt", "--run", args.out / "validate")
     print(
         f"\nall of it in {time.perf_counter() - started_s:.0f} s\n"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +104,14 @@ def pixels_of_box(side_px: int, box: tuple[int, int, int, int]) -> Tensor:
     return picture
 
 
-def visible_tokens(region_SS: Tensor, num_windows: int, patch_side: int) -> list[bool]:
-    """Of every image token, whether it can be seen: all CLS tokens, and the patches that the region touches."""
-    visible = [True] * num_windows
+def token_weights(region_SS: Tensor, num_windows: int, patch_side: int, rule: str = "touched") -> list[float]:
+    """What every image token weighs: CLS tokens 1, patches 1 if the region touches them (or the share it covers)."""
+    weights = [1.0] * num_windows
     for top in range(0, region_SS.shape[0], patch_side):
         for left in range(0, region_SS.shape[1], patch_side):
             patch = region_SS[top : top + patch_side, left : left + patch_side]
-            visible.append(bool(patch.any()))
-    return visible
+            weights.append(float(patch.double().mean()) if rule == "share" else float(patch.any()))
+    return weights
 
 
 # --- Sec. 3.3: MaskQ-Former ----------------------------------------------------------------------------------------
@@ -131,20 +131,17 @@ def gelu(rows: Tensor) -> Tensor:
     return rows * 0.5 * (1 + torch.erf(rows / sqrt(2)))
 
 
-def attend(layer: Attention, rows_XD: Tensor, source: Tensor, visible: list[list[bool]]) -> Tensor:
-    """BERT's attention, residual and norm; `visible[x][n]` says whether row x may look at token n of the source."""
-    scores_to_add = torch.zeros(len(rows_XD), len(source), dtype=rows_XD.dtype)
-    for x, row in enumerate(visible):
-        for n, seen in enumerate(row):
-            if not seen:
-                scores_to_add[x, n] = -inf
+def attend(layer: Attention, rows_XD: Tensor, source: Tensor, weights: list[list[float]]) -> Tensor:
+    """BERT's attention, residual and norm; `weights[x][n]`: what token n weighs for row x, 0 if unseen."""
+    weights_XN = torch.tensor(weights, dtype=rows_XD.dtype)
     query, key, value = linear(layer.query, rows_XD), linear(layer.key, source), linear(layer.value, source)
     head_width = query.shape[1] // layer.num_heads
     heads = []
     for head in range(layer.num_heads):
         columns = slice(head * head_width, (head + 1) * head_width)
-        scores = query[:, columns] @ key[:, columns].T / sqrt(head_width) + scores_to_add
-        heads.append(torch.softmax(scores, dim=1) @ value[:, columns])
+        scores = query[:, columns] @ key[:, columns].T / sqrt(head_width)
+        attention = weights_XN * torch.exp(scores)
+        heads.append(attention / attention.sum(dim=1, keepdim=True) @ value[:, columns])
     return layer_norm(layer.norm, linear(layer.output, torch.cat(heads, dim=1)) + rows_XD)
 
 
@@ -159,8 +156,8 @@ def mask_tokens(model: OSM, example: Example, image_NE: Tensor) -> Tensor:
     side, patch_side = example.mask_SS.shape[0], model.vision.config.patch_size_px
     num_windows = len(image_NE) - (side // patch_side) ** 2
     box = context_box(example.mask_SS, config.context)
-    in_mask = visible_tokens(example.mask_SS, num_windows, patch_side)
-    in_context = visible_tokens(pixels_of_box(side, box), num_windows, patch_side)
+    in_mask = token_weights(example.mask_SS, num_windows, patch_side, config.mask_rule)
+    in_context = token_weights(pixels_of_box(side, box), num_windows, patch_side)
 
     queries, sees = [], []
     for query in qformer.mask_query_QD:
@@ -179,7 +176,7 @@ def mask_tokens(model: OSM, example: Example, image_NE: Tensor) -> Tensor:
             words.append(qformer.instruction.word.weight[word] + qformer.instruction.position.weight[place])
 
     rows = layer_norm(qformer.norm, torch.stack(queries + words))
-    everyone = [[True] * len(rows)] * len(rows)
+    everyone = [[1.0] * len(rows)] * len(rows)
     for index, layer in enumerate(qformer.layers):
         rows = attend(layer.self_attention, rows, rows, everyone)
         of_queries, of_words = rows[: len(queries)], rows[len(queries) :]

@@ -214,6 +214,10 @@ def test_outputs_loss_and_gradients_are_those_of_the_naive_model(case: str) -> N
     check_equality(tiny_model(replace(DEFAULT, **CASES[case])))
 
 
+def test_so_they_are_where_patches_weigh_what_the_mask_covers() -> None:
+    check_equality(tiny_model(replace(DEFAULT, mask_rule="share")))
+
+
 def test_so_they_are_for_the_whole_image_at_once() -> None:
     check_equality(tiny_model(use_windows=False))
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import yaml
 
 from osm_lightning.commands import weights
+from osm_lightning.evaluation.naming import ScoreRow
 from osm_lightning.weights.checkpoint import Checkpoint, read_checkpoint
 from osm_lightning.weights.export import export, model_card
 
@@ -110,3 +113,25 @@ def test_help_teaches_and_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "osm weights export --ckpt last --out models/mine" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_half_keeps_every_tensor_in_two_bytes(ckpt: Path, tmp_path: Path) -> None:
+    export(str(ckpt), tmp_path / "half", half=True)
+    tensors = read_checkpoint(tmp_path / "half").tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert torch.equal(tensors["projection.weight"], TENSORS["projection.weight"].half())
+
+
+def test_card_carries_the_scores_of_the_run(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    path = checkpoints / "last.ckpt"
+    torch.save({"state_dict": {}, "osm": {"config": CONFIG, "frozen": FROZEN}}, path)
+    export(str(path), tmp_path / "without")
+    assert "Scores" not in (tmp_path / "without" / "README.md").read_text()
+    row = ScoreRow("coco", "agnostic", num_masks=541, acc=0.25, acc_strict=0.2, acc_balanced=0.1, niv=0.0, majority=0.3)
+    (tmp_path / "run" / "scores.json").write_text(json.dumps({"step": 375, "scores": [asdict(row)]}))
+    export(str(path), tmp_path / "with")
+    card = (tmp_path / "with" / "README.md").read_text()
+    assert "after 375 steps" in card
+    assert "| coco | agnostic | 541 | 0.2500 | 0.2000 | 0.1000 | 0.0000 |" in card

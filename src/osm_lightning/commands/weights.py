@@ -88,13 +88,14 @@ def _add_export(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a .ckpt file, an exported folder, or `last`")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--half", action="store_true", help="keep the tensors as float16, in half the bytes")
     parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     from osm_lightning.weights.export import export  # imports torch, which --help need not wait for
 
-    checkpoint = export(args.ckpt, args.out)
+    checkpoint = export(args.ckpt, args.out, args.half)
     num_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are")
     return 0

@@ -87,6 +87,8 @@ class QFormerConfig:
     context: float | Literal["global", "none"] = 0.5
     """What context queries see: the mask's box enlarged by this share of its size on each side, the whole image, or no
     context queries at all."""
+    mask_rule: Literal["touched", "share"] = "touched"
+    """What a patch weighs that the mask covers in part: as much as any other, or its covered share."""
     mode_query: bool = True
     """False leaves out the mode, in the Q-Former and in the LLM's input."""
     instruction_tokenizer: str | None = None

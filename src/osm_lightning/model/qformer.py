@@ -82,14 +82,19 @@ class Attention(nn.Module):
         Args:
             hidden: float[B, X, D].
             source: keys and values [B, H, N, d].
-            visible: bool, broadcastable to [B, H, X, N]; True where a row may attend. None: everywhere.
+            visible: broadcastable to [B, H, X, N]; bool, True where a row may attend, or float, added to the logits.
+                None: everywhere.
 
         Returns:
             float[B, X, D].
         """
         dropout = self.dropout if self.training else 0.0
+        query = self._heads(self.query(hidden))
+        if visible is not None and visible.dtype != torch.bool:
+            # Given a float32 mask for float64 queries, torch's CPU kernel reads it wrongly and says nothing.
+            visible = visible.to(query.dtype)
         out = F.scaled_dot_product_attention(
-            self._heads(self.query(hidden)), source.keys_IHNd, source.values_IHNd, attn_mask=visible, dropout_p=dropout
+            query, source.keys_IHNd, source.values_IHNd, attn_mask=visible, dropout_p=dropout
         )
         out = self.output(out.transpose(-3, -2).flatten(-2))
         return self.norm(F.dropout(out, self.dropout, self.training) + hidden)
@@ -230,7 +235,8 @@ class MaskQFormer(nn.Module):
             queries_MAD: float[M, A, D].
             images: what `image_keys_values` made, one entry per layer.
             image_index_M: int64[M], the image of each mask.
-            visible_MAN: bool[M, A, N], which image tokens each query may attend to; no row may be empty.
+            visible_MAN: bool or float[M, A, N], which image tokens each query may attend to, or what is added to its
+                logits; no row may be empty.
             instruction_ids_MT: int64[M, T]; ignored where the config has no instruction.
             instruction_tokens_M: int64[M], ids of each instruction that are not padding.
 
@@ -240,7 +246,8 @@ class MaskQFormer(nn.Module):
         num_queries = queries_MAD.shape[1]
         first = next(image for image in images if image is not None)
         slots = Slots.of(image_index_M, first.keys_IHNd.shape[0])
-        visible_I1KN = slots.scatter(visible_MAN, True).unsqueeze(1)
+        everything = visible_MAN.dtype == torch.bool  # as a bool True, as a logarithm of a weight 0
+        visible_I1KN = slots.scatter(visible_MAN, everything).unsqueeze(1)
         hidden_MXD, valid_MX = queries_MAD, None
         if self.instruction is not None:
             text_MTD = self.instruction(instruction_ids_MT)

@@ -6,7 +6,9 @@ and is told so when they differ.
 
 from __future__ import annotations
 
+import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from osm_lightning.batch import mode_names
 from osm_lightning.weights.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, write_folder
 
 
-def export(ckpt: str, out: Path) -> Checkpoint:
+def export(ckpt: str, out: Path, half: bool = False) -> Checkpoint:
     """Writes a checkpoint's shareable form.
 
     Args:
         ckpt: a `.ckpt` file, a folder that was exported before, or `last`.
         out: the new folder.
+        half: keep the tensors as float16, in half the bytes; a model that loads them computes in float32 again.
 
     Returns:
         What was written.
@@ -31,8 +34,10 @@ def export(ckpt: str, out: Path) -> Checkpoint:
     """
     path = find_checkpoint(ckpt)
     checkpoint = read_checkpoint(path)
+    if half:
+        checkpoint = replace(checkpoint, tensors={name: tensor.half() for name, tensor in checkpoint.tensors.items()})
     try:
-        card = model_card(checkpoint, out)
+        card = model_card(checkpoint, out) + scores_of(path)
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its config is not that of a run of `osm fit` ({error!r}).") from error
     write_folder(checkpoint, out, card)
@@ -86,6 +91,30 @@ osm validate --ckpt {path}
 
 Where the frozen weights lie elsewhere than the table says, add `--model.vision.name` (for an open_clip file
 `--model.vision.pretrained`) or `--model.language.name`.
+"""
+
+
+def scores_of(path: Path) -> str:
+    """The card's part on scores: those of the run's last validation, where the run's folder is at hand."""
+    scores = path.parent.parent / "scores.json"
+    if path.is_dir() or not scores.is_file():
+        return ""
+    content = json.loads(scores.read_text(encoding="utf-8"))
+    lines = [
+        f"| {row['dataset']} | {row['mode']} | {row['num_masks']} | {row['acc']:.4f} | {row['acc_strict']:.4f} | "
+        f"{row['acc_balanced']:.4f} | {row['niv']:.4f} |"
+        for row in content["scores"]
+    ]
+    table = "\n".join(lines)
+    return f"""
+## Scores
+
+The run's last validation, after {content["step"]} steps, on the `val` splits of `config.yaml` (`osm validate` measures
+them again):
+
+| dataset | mode | masks | Acc | strict | balanced | NIV |
+|---|---|---|---|---|---|---|
+{table}
 """
 
 
