@@ -124,6 +124,7 @@ def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:
     (partial / "config.yaml").write_text(checkpoint.config, encoding="utf-8")
     (partial / "frozen.json").write_text(json.dumps(dict(checkpoint.frozen), indent=1) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
+    (partial / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
     for file in partial.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
