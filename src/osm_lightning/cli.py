@@ -199,7 +199,13 @@ class OSMCLI(LightningCLI):
             print(f"run folder: {self.run_folder} (checkpoints/last.ckpt, metrics.csv, config.yaml)")
 
     def after_validate(self) -> None:
-        """Says where the scores are."""
+        """Says where the scores are.
+
+        Raises:
+            ValueError: nothing was validated.
+        """
+        if not self.model.score_rows:
+            raise ValueError("nothing was validated: no source has a `val` split, or trainer limits its batches to 0.")
         print(f"scores: {self.run_folder}/scores.json")
 
     after_test = after_validate

@@ -243,6 +243,19 @@ def test_checkpoint_of_another_model_size(refused: Refuse, ckpt: Path, tmp_path:
     assert not (tmp_path / "scores.json").exists()
 
 
+def test_validating_nothing(refused: Refuse, ckpt: Path, tmp_path: Path) -> None:
+    said = refused("validate", "--ckpt", ckpt, "--trainer.limit_val_batches", "0", "--run", tmp_path)
+    assert "nothing was validated" in said
+
+
+def test_a_fit_without_validation_leaves_a_checkpoint_that_validates(ckpt: Path, tmp_path: Path) -> None:
+    """The limits of the run that made it (none of its batches were validated) do not come along."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", "--ckpt", str(ckpt), "--data.num_workers", "0", "--run", str(tmp_path)])
+    assert stopped.value.code == 0
+    assert (tmp_path / "scores.json").exists()
+
+
 def test_resuming_with_other_modes(refused: Refuse, ckpt: Path, tmp_path: Path) -> None:
     words = ["--model.modes", "[lamps]", "--data.sources.shapes.mode", "lamps", "--trainer.max_epochs", "2"]
     said = refused("fit", "--ckpt", ckpt, *words, "--run", tmp_path)

@@ -67,6 +67,7 @@ class OSMTask(lightning.LightningModule):
         self.weights, self.supervise_prompt = weights, supervise_prompt
         self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
         self.scores = nn.ModuleDict()
+        self.score_rows: list[ScoreRow] = []
 
     # Building and checkpoints -------------------------------------------------------------------------------------
 

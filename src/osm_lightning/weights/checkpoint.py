@@ -28,8 +28,9 @@ CONTENT_KEY = "osm"
 PREFIX = "osm."
 """Where the model hangs in the LightningModule, and with it the prefix of its keys in a `.ckpt`."""
 
-MACHINE_SETTINGS = ("accelerator", "strategy", "devices", "num_nodes", "plugins")
-"""Settings of the trainer that describe the machine: a model of eight GPUs names masks on a laptop."""
+KEPT_TRAINER_SETTINGS = ("precision",)
+"""Settings of the trainer that belong to the model. The others belong to the run and its machine: a model of eight GPUs
+names masks on a laptop, and one that was fitted without validation can be validated."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Checkpoint:
             raise ValueError(f"the checkpoint's config names no model.modes ({error!r}). Export it again.") from error
 
     def config_elsewhere(self) -> str:
-        """The config without what describes the machine that it was trained on.
+        """The config without what belongs to the run that it was trained in.
 
         Raises:
             ValueError: it is not a run's config.
         """
         try:
             content = yaml.safe_load(self.config)
-            trainer = {key: value for key, value in content["trainer"].items() if key not in MACHINE_SETTINGS}
+            trainer = {key: value for key, value in content["trainer"].items() if key in KEPT_TRAINER_SETTINGS}
         except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the checkpoint's config is not a run's ({error!r}). Export it again.") from error
         return yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
