@@ -30,7 +30,7 @@ from osm_lightning.model.config import VisionConfig
 from osm_lightning.model.vision import VisionEncoder
 from osm_lightning.vocabulary import load_vocabulary
 
-STRENGTHS = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Inverse regularisation strengths that cross-validation chooses from."""
 
 
