@@ -31,6 +31,7 @@ INSTEAD = {"configs/model/mini.yaml": "configs/model/tiny.yaml"}
 
 MORE: dict[tuple[str, ...], str] = {
     ("osm", "fit"): "--data.masks_per_epoch 72 --trainer.limit_val_batches 2 --trainer.precision 32",
+    ("osm", "validate"): "--trainer.limit_val_batches 2",
 }
 """What is added to a command to make it small."""
 

@@ -46,7 +46,6 @@ def visibility(coverage_MGG: Tensor, context_box_px_M4: Tensor, grid: Grid, quer
         (G * G, row-major). With the rule "touched" bool, True where a query may attend; with "share" float32, for mask
         queries the log of a patch's covered share, for the others 0 where they may attend and -inf elsewhere.
     """
-    share_MN = _with_cls(coverage_MGG.flatten(1), grid.num_windows)
     start = torch.arange(grid.side, device=coverage_MGG.device) * grid.patch_size_px
     last = start + grid.patch_size_px - 1
     x0, y0, x1, y1 = context_box_px_M4.unsqueeze(-1).unbind(1)
@@ -54,9 +53,10 @@ def visibility(coverage_MGG: Tensor, context_box_px_M4: Tensor, grid: Grid, quer
     rows_MG = (last >= y0) & (start <= y1)
     context_MN = _with_cls((rows_MG[:, :, None] & columns_MG[:, None, :]).flatten(1), grid.num_windows)
     if queries.mask_rule == "share":
-        mask_MN, context_MN = share_MN.float().log(), context_MN.float().log()
+        mask_MN = _with_cls(coverage_MGG.flatten(1).float(), grid.num_windows).log()
+        context_MN = context_MN.float().log()
     else:
-        mask_MN = share_MN > 0
+        mask_MN = _with_cls(coverage_MGG.flatten(1) > 0, grid.num_windows)
     rows = [mask_MN.unsqueeze(1).expand(-1, queries.num_queries, -1)]
     if queries.has_context:
         rows.append(context_MN.unsqueeze(1).expand(-1, queries.num_queries, -1))
