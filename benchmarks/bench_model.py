@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +22,7 @@ from jsonargparse import ArgumentParser as ConfigParser
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.data.module import OSMData, SourceConfig
+from osm_lightning.instructions import TEST_QUESTION
 from osm_lightning.model.osm import OSM
 from osm_lightning.naming.greedy import name_masks
 from osm_lightning.training.loss import group_loss
@@ -142,9 +144,7 @@ def train_step(model: OSM, drawn: MaskBatch) -> dict[str, float]:
 def naming(model: OSM, drawn: MaskBatch, data: OSMData) -> dict[str, float]:
     """Seconds of naming all masks in the agnostic mode, by part."""
     model.eval()
-    prompt = data.codec.encode("What is in the segmentation mask?", None)
-    from dataclasses import replace
-
+    prompt = data.codec.encode(TEST_QUESTION, None)
     same = torch.tensor(prompt.text_ids).expand(drawn.num_masks, -1)
     asked = replace(drawn, text_ids_ML=same, prompt_tokens_M=torch.full((drawn.num_masks,), len(prompt.text_ids)))
     times: dict[str, float] = {}

@@ -27,7 +27,7 @@ def main() -> None:
     """Runs the demo; a second run begins anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--masks", type=int, default=2880, help="masks to train on (2880: about 4 minutes)")
+    parser.add_argument("--masks", type=int, default=2880, help="masks to train on (2880: about 5 minutes)")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     started_s = time.perf_counter()
