@@ -30,7 +30,7 @@ from osm_lightning.model.config import VisionConfig
 from osm_lightning.model.vision import VisionEncoder
 from osm_lightning.vocabulary import load_vocabulary
 
-STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Inverse regularisation strengths that cross-validation chooses from."""
 
 
@@ -85,7 +85,7 @@ def vision_config(path: Path) -> VisionConfig:
     import yaml
 
     part = yaml.safe_load(path.read_text())["model"]["vision"]
-    return parser.instantiate_classes(parser.parse_object({"vision": part})).vision
+    return parser.instantiate(parser.parse_object({"vision": part})).vision
 
 
 def pooled(encoder: VisionEncoder, shards: ShardSet) -> dict[str, NDArray]:
@@ -137,7 +137,7 @@ def named_right(ckpt: Path, shards: Path, split: str, vocabulary, keys: NDArray)
     parser = ConfigParser()
     parser.add_class_arguments(OSMTask, "model")
     config = parser.parse_object({"model": yaml.safe_load(checkpoint.config)["model"]}).model
-    task = parser.instantiate_classes(parser.parse_object({"model": config})).model
+    task = parser.instantiate(parser.parse_object({"model": config})).model
     osm = OSM(task.vision, task.qformer, task.language, task.modes).eval()
     load_trained(osm, checkpoint)
     data = OSMData(
