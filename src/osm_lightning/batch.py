@@ -118,6 +118,8 @@ class MaskBatch:
     """Id of each mask within its image (M)."""
     num_vanished: int = 0
     """Masks of these images that the geometry left too few pixels of, and that are therefore not here."""
+    num_skipped: int = 0
+    """Broken images that were passed over on the way to these."""
 
     @property
     def num_images(self) -> int:

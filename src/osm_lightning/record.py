@@ -50,6 +50,11 @@ class Segment:
     rle: str | None = None
     """Compressed COCO RLE counts, where the record has no segment map."""
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether it is trained on and counted, its class permitting: no crowd region, and not empty."""
+        return not self.iscrowd and self.area_px > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -211,13 +216,8 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
             f"sample {key}: it holds {sorted(members)}, but a record needs .json and one of "
             f"{', '.join('.' + e for e in IMAGE_ENDINGS)}. Was the shard cut off? `osm shards build` makes it again."
         )
+    meta, segments = _facts(key, members)
     try:
-        meta = json.loads(members["json"])
-        if meta["schema"] != SCHEMA:
-            raise ValueError(f"schema {meta['schema']}, but this version reads schema {SCHEMA}")
-        segments = tuple(_segment(row) for row in meta["segments"])
-        if len({segment.id for segment in segments}) < len(segments):
-            raise ValueError("two segments share an id")
         record = Record(
             key=key,
             image_bytes=members[ending],
@@ -231,12 +231,38 @@ def decode(key: str, members: Mapping[str, bytes]) -> Record:
         if min(record.height_px, record.width_px) < 1 or record.height_px * record.width_px > MAX_IMAGE_PIXELS:
             raise ValueError(f"{record.width_px} x {record.height_px} px is no picture's size")
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.") from error
+        raise _no_record(key, error) from error
     if any((segment.rle is None) != (record.segment_map_png is not None) for segment in segments):
         raise ValueError(
             f"sample {key}: its segments must all be in the .seg.png, or all carry RLE. Build the shard again."
         )
     return record
+
+
+def decode_segments(key: str, members: Mapping[str, bytes]) -> tuple[Segment, ...]:
+    """A sample's segments from its `.json` alone.
+
+    Raises:
+        ValueError: the JSON is missing or not a record of this schema, or two segments share an id.
+    """
+    return _facts(key, members)[1]
+
+
+def _facts(key: str, members: Mapping[str, bytes]) -> tuple[Mapping[str, Any], tuple[Segment, ...]]:
+    try:
+        meta = json.loads(members["json"])
+        if meta["schema"] != SCHEMA:
+            raise ValueError(f"schema {meta['schema']}, but this version reads schema {SCHEMA}")
+        segments = tuple(_segment(row) for row in meta["segments"])
+        if len({segment.id for segment in segments}) < len(segments):
+            raise ValueError("two segments share an id")
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _no_record(key, error) from error
+    return meta, segments
+
+
+def _no_record(key: str, error: Exception) -> ValueError:
+    return ValueError(f"sample {key}: its JSON is not a record ({error!r}). Build the shard again.")
 
 
 def _segment(row: Mapping[str, Any]) -> Segment:

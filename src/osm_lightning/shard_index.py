@@ -7,12 +7,13 @@ It says nothing about single samples: those speak for themselves (`record.py`).
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from osm_lightning.whole_file import write_whole
 
 SCHEMA = 1
 """Version of `index.json`; a reader refuses any other."""
@@ -51,10 +52,13 @@ class SplitInfo:
     shards: tuple[ShardInfo, ...]
     masks_per_class: Mapping[int, int]
     """From class id to masks, for masks that have a class; ids ascend."""
+    images_per_class: Mapping[int, int] = field(default_factory=dict)
+    """From class id to images that have such a mask; empty where an older version wrote the shards."""
 
     def __post_init__(self) -> None:
-        for class_id, num_masks in self.masks_per_class.items():
-            _check_counts("masks_per_class: ", **{str(class_id): num_masks})
+        for what in ("masks_per_class", "images_per_class"):
+            for class_id, number in getattr(self, what).items():
+                _check_counts(f"{what}: ", **{str(class_id): number})
 
     @property
     def num_samples(self) -> int:
@@ -111,47 +115,53 @@ def read_index(folder: Path) -> ShardIndex:
 
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Writes the index of a shard folder; a reader sees the old one or the new one, never a part."""
-    temporary = folder / f".{INDEX_FILE}.partial"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(_to_json(index), file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / INDEX_FILE)
-
-
-def _to_json(index: ShardIndex) -> dict[str, Any]:
-    return {
+    content = {
         "schema": SCHEMA,
         "dataset": index.dataset,
         "vocabulary": index.vocabulary,
-        "splits": {
-            name: {
-                "num_samples": split.num_samples,
-                "num_masks": split.num_masks,
-                "shards": [{field: getattr(shard, field) for field in ShardInfo.__slots__} for shard in split.shards],
-                "masks_per_class": {str(class_id): num for class_id, num in sorted(split.masks_per_class.items())},
-            }
-            for name, split in sorted(index.splits.items())
-        },
+        "splits": {name: split_to_json(split) for name, split in sorted(index.splits.items())},
     }
+    write_whole(folder / INDEX_FILE, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+
+
+def split_to_json(split: SplitInfo) -> dict[str, Any]:
+    """A split as it stands in the index."""
+    return {
+        "num_samples": split.num_samples,
+        "num_masks": split.num_masks,
+        "shards": [{field: getattr(shard, field) for field in ShardInfo.__slots__} for shard in split.shards],
+        "masks_per_class": _by_class(split.masks_per_class),
+        "images_per_class": _by_class(split.images_per_class),
+    }
+
+
+def split_from_json(row: Mapping[str, Any]) -> SplitInfo:
+    """A split from its entry in the index.
+
+    Raises:
+        KeyError, TypeError, AttributeError, ValueError: it is no such entry.
+    """
+    split = SplitInfo(
+        shards=tuple(ShardInfo(**shard) for shard in row["shards"]),
+        masks_per_class={int(class_id): number for class_id, number in row["masks_per_class"].items()},
+        images_per_class={int(class_id): number for class_id, number in row.get("images_per_class", {}).items()},
+    )
+    if (row["num_samples"], row["num_masks"]) != (split.num_samples, split.num_masks):
+        raise ValueError(
+            f"it says {row['num_samples']} samples and {row['num_masks']} masks, but its shards add up to "
+            f"{split.num_samples} and {split.num_masks}"
+        )
+    return split
+
+
+def _by_class(numbers: Mapping[int, int]) -> dict[str, int]:
+    return {str(class_id): number for class_id, number in sorted(numbers.items())}
 
 
 def _parse(content: Mapping[str, Any]) -> ShardIndex:
     if content["schema"] != SCHEMA:
         raise ValueError(f"schema {content['schema']!r}, but this version reads schema {SCHEMA}")
-    splits = {}
-    for name, row in content["splits"].items():
-        split = SplitInfo(
-            shards=tuple(ShardInfo(**shard) for shard in row["shards"]),
-            masks_per_class={int(class_id): num for class_id, num in row["masks_per_class"].items()},
-        )
-        if (row["num_samples"], row["num_masks"]) != (split.num_samples, split.num_masks):
-            raise ValueError(
-                f"split {name} says {row['num_samples']} samples and {row['num_masks']} masks, but its shards add up "
-                f"to {split.num_samples} and {split.num_masks}"
-            )
-        splits[name] = split
+    splits = {name: split_from_json(row) for name, row in content["splits"].items()}
     return ShardIndex(content["dataset"], content["vocabulary"], splits)
 
 
