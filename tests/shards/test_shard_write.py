@@ -1,8 +1,12 @@
 import hashlib
 import io
 import os
+import re
+import resource
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from PIL import Image
 
 from osm_lightning.record import Record, Segment, decode, encode, encode_segment_map
 from osm_lightning.shard_index import read_index
+from osm_lightning.shards.lock import exclusive
 from osm_lightning.shards.write import ShardWriter
 
 
@@ -109,9 +114,25 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"cannot be written to \(No space left on device\) after [0-9,]{5,} bytes"):
         build(tmp_path, RECORDS)
     assert names(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_disk_that_ends_within_a_shard_leaves_the_index_as_it_was(tmp_path):
+    """A real limit of the kernel, met in the middle of a file."""
+    build(tmp_path, RECORDS[:2], split="val")
+    before = (tmp_path / "index.json").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"{re.escape(str(tmp_path))} cannot be written to \(File too large\)"):
+            build(tmp_path, RECORDS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "index.json").read_bytes() == before
+    assert names(tmp_path) == ["index.json", "val-00000.tar"]
 
 
 def test_leftovers_of_a_killed_build_are_removed(tmp_path):
@@ -182,3 +203,92 @@ def test_a_folder_has_one_dataset_and_one_vocabulary(tmp_path):
 def test_split_names_must_be_plain(tmp_path, split):
     with pytest.raises(ValueError, match="split is"):
         ShardWriter(tmp_path, dataset="mine", split=split, vocabulary=None)
+
+
+# Going on behind what an earlier writer kept
+
+
+def new_writer(folder):
+    return ShardWriter(
+        folder, dataset="mine", split="train", vocabulary="coco", max_shard_bytes=TWO_PER_SHARD, overwrite=True
+    )
+
+
+def interrupt(folder):
+    """Writes some records and is interrupted; two shards of two records are kept."""
+    with suppress(KeyboardInterrupt), new_writer(folder) as writer:
+        for record in RECORDS[:5]:
+            writer.write(record)
+        writer.keep()
+        raise KeyboardInterrupt
+    return writer.finished
+
+
+def test_a_resumed_split_has_the_bytes_of_an_uninterrupted_one(tmp_path):
+    build(tmp_path / "whole", RECORDS, max_shard_bytes=TWO_PER_SHARD)
+    finished = interrupt(tmp_path / "halves")
+    assert names(tmp_path / "halves") == [".train-00000.tar.partial", ".train-00001.tar.partial"]
+    assert (finished.num_samples, finished.num_masks, finished.masks_per_class) == (4, 4, {3: 4})
+    with new_writer(tmp_path / "halves") as writer:
+        writer.resume(finished, [record.key for record in RECORDS[:4]])
+        with pytest.raises(ValueError, match="stands twice"):
+            writer.write(RECORDS[0])
+        for record in RECORDS[4:]:
+            writer.write(record)
+    assert names(tmp_path / "whole") == names(tmp_path / "halves")
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
+
+
+def test_a_shard_that_is_not_as_it_was_left_is_not_resumed(tmp_path):
+    finished = interrupt(tmp_path)
+    partial = tmp_path / ".train-00001.tar.partial"
+    content = partial.read_bytes()
+    for changed in (content[:-1], b"x" + content[1:]):
+        partial.write_bytes(changed)
+        with new_writer(tmp_path) as writer:
+            with pytest.raises(ValueError, match=r"00001\.tar\.partial (is not as it was left|has changed)"):
+                writer.resume(finished, [])
+            writer.write(RECORDS[0])  # it goes on with an empty split
+        assert read_index(tmp_path).splits["train"].num_samples == 1
+        finished = interrupt(tmp_path)
+
+
+def test_one_writer_at_a_time_for_a_split(tmp_path):
+    with new_writer(tmp_path) as writer:
+        writer.write(RECORDS[0])
+        with (
+            pytest.raises(ValueError, match=r"split train of .* is being built by another process"),
+            new_writer(tmp_path),
+        ):
+            pass
+        build(tmp_path, RECORDS[:1], split="val")
+    assert names(tmp_path) == ["index.json", "train-00000.tar", "val-00000.tar"]
+    assert set(read_index(tmp_path).splits) == {"train", "val"}
+
+
+def test_a_split_that_was_built_while_a_writer_waited_is_not_replaced(tmp_path):
+    writer = ShardWriter(tmp_path, dataset="mine", split="train", vocabulary="coco")
+    build(tmp_path, RECORDS)
+    with pytest.raises(ValueError, match="already has a split train"), writer:
+        pass
+    assert names(tmp_path) == ["index.json", "train-00000.tar"]
+
+
+def test_a_lock_lets_one_in_and_leaves_no_file(tmp_path):
+    """Holders remove the file, so that waiting ones may hold a lock on a file that is no more."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    def count():
+        for _ in range(100):
+            with exclusive(tmp_path / "lock", wait=True):
+                counter.write_text(str(int(counter.read_text()) + 1))
+
+    threads = [Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counter.read_text() == "400"
+    assert names(tmp_path) == ["counter"]

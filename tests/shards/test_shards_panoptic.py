@@ -9,72 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from coco_folder import LICENCE, SPLIT, CocoFolder, colours_of
 from PIL import Image
 
 from osm_lightning.commands.shards import main
 from osm_lightning.record import box_of, decode
 from osm_lightning.shard_index import read_index
+from osm_lightning.shards.layouts import LAYOUTS as ALL_LAYOUTS
 from osm_lightning.shards.panoptic import LAYOUTS, read_split
 from osm_lightning.vocabulary import load_vocabulary
 
-SPLIT = "val2017"
 EXIF_ORIENTATION = 0x0112
-LICENCE = {"id": 4, "name": "Attribution License", "url": "http://creativecommons.org/licenses/by/2.0/"}
-
-
-def colours_of(png_path):
-    rgb = np.asarray(Image.open(png_path)).astype(int)
-    return rgb[..., 0] + rgb[..., 1] * 256 + rgb[..., 2] * 65536
-
-
-class CocoFolder:
-    """A small folder in COCO's panoptic layout, written by `save` and bent by the tests before."""
-
-    def __init__(self, root):
-        self.root = root
-        self.images, self.annotations, self.colours = [], [], {}
-
-    def add(self, image_id, colours, crowd=()):
-        """Adds an image whose segment ids are int[H, W]; the JSON is true to them."""
-        name = f"{image_id:012}"
-        height, width = colours.shape
-        for folder in ("annotations", f"panoptic_{SPLIT}", SPLIT):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-        rgb = np.stack([colours % 256, colours // 256 % 256, colours // 65536], axis=-1).astype(np.uint8)
-        Image.fromarray(rgb).save(self.root / f"panoptic_{SPLIT}/{name}.png")
-        pixels = np.random.default_rng(image_id).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(self.root / f"{SPLIT}/{name}.jpg")
-        self.images.append(
-            {
-                "id": image_id,
-                "file_name": f"{name}.jpg",
-                "height": height,
-                "width": width,
-                "license": 4,
-                "coco_url": "u",
-            }
-        )
-        segments = [
-            {
-                "id": int(segment_id),
-                "category_id": 1 + index % 3,
-                "iscrowd": int(segment_id in crowd),
-                "area": int((colours == segment_id).sum()),
-                "bbox": box_of(colours == segment_id),
-            }
-            for index, segment_id in enumerate(s for s in np.unique(colours)[::-1] if s)
-        ]
-        self.annotations.append({"image_id": image_id, "file_name": f"{name}.png", "segments_info": segments})
-        self.colours[name] = colours
-        return self
-
-    def save(self):
-        content = {"images": self.images, "annotations": self.annotations, "licenses": [LICENCE]}
-        (self.root / f"annotations/panoptic_{SPLIT}.json").write_text(json.dumps(content))
-        return self
-
-    def read(self):
-        return read_split(LAYOUTS["coco"], self.save().root, SPLIT, load_vocabulary("coco"))
 
 
 @pytest.fixture
@@ -91,7 +36,8 @@ def folder(tmp_path):
 
 
 def build(folder, out, *options):
-    return main(["build", "coco", "--src", str(folder.save().root), "--split", SPLIT, "--out", str(out), *options])
+    words = ["--src", str(folder.save().root), "--split", SPLIT, "--out", str(out), "--workers", "1"]
+    return main(["build", "coco", *words, *options])
 
 
 def read_back(out, split=SPLIT):
@@ -233,13 +179,19 @@ def test_all_problems_are_gathered_with_five_examples_each(tmp_path):
         coco.add(image_id, np.full((4, 4), 9))
         (coco.root / f"{SPLIT}/{image_id:012}.jpg").unlink()
     first_segments(coco)[0].update(category_id=12)
-    with pytest.raises(ValueError, match=r"missing files: 7 \(") as caught:
-        coco.read()
+    with pytest.raises(ValueError, match=r"7 of 7 images cannot be converted(.|\n)*missing files: 7 \(") as caught:
+        build(coco, tmp_path / "out")
     assert str(caught.value).count(".jpg") == 5
     assert "classes that vocabulary coco lacks: 1" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"{", b'{"images": [{"id": "1"}], "annotations": []}', b"\xff"])
+NO_ID = b'{"images": [{"id": null}], "annotations": []}'
+MIXED = b'{"images": [{"id": 1}, {"id": "1"}], "annotations": [{"image_id": 1}, {"image_id": "1"}]}'
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b"{", b'{"images": [{"id": null}], "annotations": []}', MIXED, b"\xff"]
+)
 def test_json_of_another_format_is_refused(folder, content):
     folder.save()
     (folder.root / f"annotations/panoptic_{SPLIT}.json").write_bytes(content)
@@ -248,17 +200,137 @@ def test_json_of_another_format_is_refused(folder, content):
 
 
 def test_a_wrong_folder_is_told_what_it_lacks(folder, tmp_path):
+    words = ["--src", str(folder.save().root), "--split", "train2017", "--out", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="does not hold split train2017 of coco") as caught:
+        main(["build", "coco", *words])
+    lacking = str(caught.value).splitlines()[2:-1]
+    assert [line.split(" (")[0].strip() for line in lacking] == [
+        "annotations/panoptic_train2017.json",
+        "annotations/panoptic_train2017 or panoptic_train2017",
+        "train2017",
+    ]
+    assert "(panoptic_annotations_trainval2017.zip)" in lacking[0]
     with pytest.raises(ValueError, match=r"lacks .*panoptic_train2017\.json and .*train2017"):
-        main(
-            ["build", "coco", "--src", str(folder.save().root), "--split", "train2017", "--out", str(tmp_path / "out")]
-        )
+        read_split(LAYOUTS["coco"], folder.root, "train2017", load_vocabulary("coco"))
+
+
+def test_images_that_the_tables_make_unusable_are_not_among_the_images(folder):
+    (folder.root / JPG).unlink()
+    first_segments(folder)[0].update(category_id=12)
+    split = folder.read()
+    assert [image.key for image in split.images] == ["000000000007"]
+    assert (split.num_unusable, split.errors.counts.total()) == (1, 2)
+    with pytest.raises(ValueError, match="missing files: 1"):
+        next(split.records())
+
+
+# Others' layouts of the same format
+
+
+def write_other(root, json_path, map_path, image_path, image, annotation, colours):
+    """One image of another dataset: where its files lie, its rows in the JSON, and int[H, W] of segment ids."""
+    for path in (json_path, map_path, image_path):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / json_path).write_text(json.dumps({"images": [image], "annotations": [annotation], "categories": []}))
+    rgb = np.stack([colours % 256, colours // 256 % 256, colours // 65536], axis=-1).astype(np.uint8)
+    Image.fromarray(rgb).save(root / map_path)
+    Image.fromarray(rgb[..., ::-1]).save(root / image_path)
+
+
+def row(segment_id, class_id, **more):
+    return {"id": segment_id, "category_id": class_id, "area": 1, "bbox": [0, 0, 1, 1], "iscrowd": 0, **more}
+
+
+def build_other(dataset, root, out):
+    words = ["--src", str(root), "--split", "val", "--out", str(out), "--workers", "1"]
+    assert main(["build", dataset, *words]) == 0
+    return list(read_back(out, "val"))
+
+
+def test_cityscapes_as_its_scripts_prepare_it(tmp_path):
+    """Ids are texts, the JSON's file names are those of no file, and ids below 1000 are stuff or groups."""
+    stem = "frankfurt_000000_000294"
+    colours = np.zeros((8, 12), int)
+    colours[:4], colours[4:6], colours[6:, :6] = 7, 26, 26_001
+    write_other(
+        tmp_path / "raw",
+        "gtFine/cityscapes_panoptic_val.json",
+        f"gtFine/cityscapes_panoptic_val/{stem}_gtFine_panoptic.png",
+        f"leftImg8bit/val/frankfurt/{stem}_leftImg8bit.png",
+        {"id": stem, "file_name": f"{stem}_gtFine_leftImg8bit.png", "width": 12, "height": 8},
+        {
+            "image_id": stem,
+            "file_name": f"{stem}_gtFine_panoptic.png",
+            "segments_info": [row(7, 7), row(26, 26, iscrowd=1), row(26_001, 26)],
+        },
+        colours,
+    )
+    (record,) = build_other("cityscapes", tmp_path / "raw", tmp_path / "out")
+    assert record.key == f"{stem}_leftImg8bit"
+    assert record.source == {"file_name": f"{stem}_leftImg8bit.png", "image_id": stem}
+    assert [(s.id, s.class_id, s.iscrowd) for s in record.segments] == [
+        ("7", 7, False),
+        ("26", 26, True),
+        ("26001", 26, False),
+    ]
+    assert_same_pixels(record, colours)
+
+
+ROAD_AND_SKYSCRAPER = 140 + 140 * 256 + 140 * 65536
+
+
+def test_ade20k_as_mask2former_prepares_it(tmp_path, capsys):
+    """Ids are texts; road (6) and skyscraper (48) have one colour, so that no pixel says which of them it is."""
+    colours = np.full((8, 12), 120 + 120 * 256 + 120 * 65536)
+    colours[2:], colours[5:, 3:] = ROAD_AND_SKYSCRAPER, 150 + 5 * 256 + 61 * 65536
+    wall, person = int(colours[0, 0]), int(colours[7, 11])
+    write_other(
+        tmp_path / "raw",
+        "ade20k_panoptic_val.json",
+        "ade20k_panoptic_val/ADE_val_00000001.png",
+        "images/validation/ADE_val_00000001.jpg",
+        {"id": "ADE_val_00000001", "file_name": "ADE_val_00000001.jpg", "width": 12, "height": 8},
+        {
+            "image_id": "ADE_val_00000001",
+            "file_name": "ADE_val_00000001.png",
+            "segments_info": [
+                row(wall, 0),
+                row(ROAD_AND_SKYSCRAPER, 6),
+                row(ROAD_AND_SKYSCRAPER, 48),
+                row(person, 12),
+            ],
+        },
+        colours,
+    )
+    (record,) = build_other("ade20k", tmp_path / "raw", tmp_path / "out")
+    assert record.key == "ADE_val_00000001"
+    assert [segment.class_id for segment in record.segments] == [0, 12]
+    assert_same_pixels(record, np.where(colours == ROAD_AND_SKYSCRAPER, 0, colours))
+    assert f"share their id, left out: 2 ({ROAD_AND_SKYSCRAPER} in image ADE_val_00000001" in capsys.readouterr().out
+
+
+def test_an_id_does_not_lead_out_of_the_folder_of_images(tmp_path):
+    write_other(
+        tmp_path,
+        "gtFine/cityscapes_panoptic_val.json",
+        "gtFine/cityscapes_panoptic_val/a.png",
+        "leftImg8bit/val/a/a_leftImg8bit.png",
+        {"id": "../a", "file_name": "a.png"},
+        {"image_id": "../a", "file_name": "a.png", "segments_info": []},
+        np.zeros((2, 2), int),
+    )
+    split = read_split(LAYOUTS["cityscapes"], tmp_path, "val", load_vocabulary("cityscapes"))
+    assert split.errors.counts == {"file names that lead out of their folder": 1}
+
+
+# The command
 
 
 def test_summary_says_what_was_written_and_left_out(folder, tmp_path, capsys):
     del folder.annotations[0]
     build(folder, tmp_path / "out")
     printed = capsys.readouterr().out
-    assert re.search(r"│ 1 +│ 3 +│ 2 of 133 │ 1 ", printed)
+    assert re.search(r"│ 1 +│ 3 +│ 2 of 133 │ 1 +│ [0-9.]+ │ [0-9.]+ +│ [0-9.]+ ", printed)
     assert "images without annotation, left out: 1 (20)" in printed
     with pytest.raises(ValueError, match="already has a split"):
         build(folder, tmp_path / "out")
@@ -274,12 +346,52 @@ def test_help_has_an_example_and_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "osm shards build coco --src" in done.stdout
+    for dataset, layouts in ALL_LAYOUTS.items():
+        assert f"\n{dataset}\n" in done.stdout
+        assert all(layout.title in done.stdout for layout in layouts)
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_lvis_val_images_are_left_out(folder, tmp_path, capsys):
+    (tmp_path / "lvis.json").write_text(json.dumps({"images": [{"id": 20}, {"id": 99}]}))
+    build(folder, tmp_path / "out", "--exclude-lvis-val", str(tmp_path / "lvis.json"))
+    assert [record.key for record in read_back(tmp_path / "out")] == ["000000000007"]
+    assert "images of lvis.json, left out: 1 (000000000020)" in capsys.readouterr().out
+    (tmp_path / "lvis.json").write_text(json.dumps({"images": [{"id": 99}]}))
+    build(folder, tmp_path / "out2", "--exclude-lvis-val", str(tmp_path / "lvis.json"))
+    assert "had no effect" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"images": [1]}'])
+def test_another_file_than_lvis_is_refused(folder, tmp_path, content):
+    (tmp_path / "lvis.json").write_text(content)
+    with pytest.raises(ValueError, match=r"lvis\.json has no list of images"):
+        build(folder, tmp_path / "out", "--exclude-lvis-val", str(tmp_path / "lvis.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["imagenet"], "invalid choice: 'imagenet'"),
+    ],
+)
+def test_what_is_no_subcommand(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_source_is_asked_for():
+    with pytest.raises(ValueError, match="--src is missing: it is the folder of coco"):
+        main(["build", "coco", "--split", SPLIT])
 
 
 @pytest.mark.skipif("OSM_SHARED_DATA" not in os.environ, reason="OSM_SHARED_DATA is not set: no real COCO images")
 def test_round_trip_of_real_images(tmp_path):
     src = Path(os.environ["OSM_SHARED_DATA"]) / "coco_mini"
-    main(["build", "coco", "--src", str(src), "--split", SPLIT, "--out", str(tmp_path)])
+    main(["build", "coco", "--src", str(src), "--split", SPLIT, "--out", str(tmp_path), "--workers", "1"])
     records = list(read_back(tmp_path))
     assert len(records) == 50
     assert sum(len(record.segments) for record in records) == 544

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -83,3 +84,19 @@ def test_names_that_stay_inside(name):
 @pytest.mark.parametrize("name", ["", ".", "/a.png", "../a.png", "city/../../a.png", "..", "..\\a.png"])
 def test_names_that_do_not_stay_inside(name):
     assert not stays_inside(name)
+
+
+def test_findings_of_many_count_as_if_found_by_one():
+    one, parts = Findings(), [Findings(), Findings()]
+    for number in range(9):
+        for found in (one, parts[number // 3 % 2]):
+            found.add("odd numbers" if number % 2 else "even numbers", str(number))
+    merged = Findings()
+    for part in parts:
+        merged.merge(Findings.from_json(json.loads(json.dumps(part.to_json()))))
+    assert merged.counts == one.counts == {"even numbers": 5, "odd numbers": 4}
+    assert sorted(merged.examples["even numbers"]) == one.examples["even numbers"]
+    merged.merge(one)
+    assert merged.counts["even numbers"] == 10
+    assert len(merged.examples["even numbers"]) == 5
+    assert merged.lines()[0].endswith(", ...)")

@@ -7,8 +7,10 @@ download is mended once and not file by file.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any, Self
 
 from PIL import Image
 
@@ -41,6 +43,30 @@ class Findings:
         self.counts[kind] += 1
         if len(self.examples[kind]) < MAX_EXAMPLES:
             self.examples[kind].append(example)
+
+    def merge(self, other: Findings) -> None:
+        """Counts what others found, after what was found here."""
+        for kind, num in other.counts.items():
+            self.counts[kind] += num
+            free = MAX_EXAMPLES - len(self.examples[kind])
+            self.examples[kind] += other.examples[kind][:free]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain content, for `from_json`."""
+        return {kind: [num, self.examples[kind]] for kind, num in self.counts.items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Findings that `to_json` gave.
+
+        Raises:
+            ValueError, TypeError, AttributeError: they are no findings.
+        """
+        found = cls()
+        for kind, (num, examples) in content.items():
+            found.counts[kind] = int(num)
+            found.examples[kind] = [str(example) for example in examples]
+        return found
 
     def lines(self) -> list[str]:
         """One line per kind: what, how many, examples."""
