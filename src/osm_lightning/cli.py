@@ -24,7 +24,8 @@ from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_na
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.model.language import quiet_loading
-from osm_lightning.shard_index import INDEX_FILE, read_index
+from osm_lightning.shard_folder import is_url, open_folder
+from osm_lightning.shard_index import INDEX_FILE
 from osm_lightning.training.callbacks import (
     KeepConfig,
     Throughput,
@@ -235,8 +236,8 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
             command = fetch_command(name)
             yield f"{setting}: {name}  ->  {command or 'no command makes it: give a folder that exists, or a hub id'}"
     for key, source in options.data.sources.items() if with_shards else ():
-        folder = Path(source.shards)
-        there = read_index(folder).splits if (folder / INDEX_FILE).is_file() else {}
+        folder = source.shards
+        there = open_folder(folder).index.splits if is_url(folder) or (Path(folder) / INDEX_FILE).is_file() else {}
         for split in dict.fromkeys(filter(None, (source.train, source.val))):
             if split not in there:
                 build = f"osm shards build {key} --src RAW_{key.upper()} --split {split} --out {folder}"
@@ -289,6 +290,8 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
     warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
+    # It is: OSMData keeps the place.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # The frozen parts are to be in eval.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -8,12 +9,13 @@ from tiny_shards import CAR, DOG, LEFT, PERSON, RIGHT, SMALL, make_record, recta
 
 from osm_lightning.batch import AGNOSTIC
 from osm_lightning.data import mixture as mixture_module
-from osm_lightning.data.mixture import Mixture, Source
-from osm_lightning.data.module import EpochLoader
+from osm_lightning.data.loader import EpochLoader
+from osm_lightning.data.mixture import Mixed, Mixture, Progress, Source
 from osm_lightning.data.sample import Labels, View
-from osm_lightning.data.stream import ShardSet, Share
+from osm_lightning.data.stream import ShardSet, Share, epoch_order
 from osm_lightning.data.text import TextCodec
 from osm_lightning.record import Segment
+from osm_lightning.shard_index import write_index
 from osm_lightning.vocabulary import load_vocabulary
 
 CODEC = TextCodec("builtin:300")
@@ -40,8 +42,13 @@ def make_mixture(*sources, masks_per_image=2, agnostic_share=0.5, num_batches=6,
     )
 
 
+def batches_of(mixture):
+    return [mixed.batch for mixed in mixture]
+
+
 def facts(batches):
     """What tells batches apart."""
+    batches = [batch.batch if isinstance(batch, Mixed) else batch for batch in batches]
     return [
         (b.keys, b.mask_ids, b.mode_M.tolist(), b.text_ids_ML.tolist(), b.images_I3SS.sum(dim=(1, 2, 3)).tolist())
         for b in batches
@@ -57,7 +64,7 @@ def test_quotas_are_exact_in_every_batch(tmp_path, masks_per_image):
     first = make_source(tmp_path / "a", "first", quota=5, mode=2)
     second = make_source(tmp_path / "b", "second", quota=2, mode=1)
     mixture = make_mixture(first, second, masks_per_image=masks_per_image, agnostic_share=0.0)
-    batches = list(mixture)
+    batches = batches_of(mixture)
     assert len(batches) == len(mixture) == 6
     for batch in batches:
         assert batch.datasets == ("first", "second")
@@ -79,7 +86,7 @@ def test_the_agnostic_share_is_exact_in_every_source_of_every_batch(tmp_path, ag
     first = make_source(tmp_path / "a", "first", mode=2)
     second = make_source(tmp_path / "b", "second", mode=1)
     orders = set()
-    for batch in make_mixture(first, second, agnostic_share=agnostic_share, num_batches=12):
+    for batch in batches_of(make_mixture(first, second, agnostic_share=agnostic_share, num_batches=12)):
         modes = batch.mode_M.tolist()
         assert Counter(modes[:4]) == Counter({AGNOSTIC: agnostic, 2: 4 - agnostic})
         assert Counter(modes[4:]) == Counter({AGNOSTIC: agnostic, 1: 4 - agnostic})
@@ -95,7 +102,7 @@ def test_ranks_and_workers_read_other_images_within_a_pass(tmp_path, monkeypatch
             for worker in range(2):
                 act_as_worker(monkeypatch, worker, 2)
                 mixture = make_mixture(source, masks_per_image=1, num_batches=6, rank=Share(rank, 2))
-                batches = list(mixture)
+                batches = batches_of(mixture)
                 assert len(batches) == 3  # the other worker makes the other half
                 read.update(key for batch in batches for key in batch.keys)
         assert read == Counter({f"train-{n}": 1 for n in range(24)})
@@ -106,7 +113,7 @@ def test_batches_repeat_with_seed_and_epoch_and_differ_otherwise(tmp_path):
     assert facts(make_mixture(source)) == facts(make_mixture(source))
     assert facts(make_mixture(source, seed=1)) != facts(make_mixture(source))
     later = make_mixture(source)
-    later.epoch = 1
+    later.progress = Progress(epoch=1)
     assert facts(later) != facts(make_mixture(source))
 
 
@@ -114,25 +121,25 @@ def test_an_iterator_keeps_the_epoch_that_it_was_made_in(tmp_path):
     source = make_source(tmp_path)
     mixture = make_mixture(source)
     iterator = iter(mixture)
-    mixture.epoch = 1
+    mixture.progress = Progress(epoch=1)
     assert facts(iterator) == facts(make_mixture(source))
 
 
 def test_the_loader_gives_each_epoch_new_batches(tmp_path):
     source = make_source(tmp_path)
-    loader = EpochLoader(make_mixture(source), batch_size=None)
+    loader = EpochLoader(make_mixture(source))
     epochs = [facts(loader) for _ in range(3)]
     assert len(loader) == 6
     for number, epoch in enumerate(epochs):
         mixture = make_mixture(source)
-        mixture.epoch = number
+        mixture.progress = Progress(epoch=number)
         assert epoch == facts(mixture)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_one_worker_gives_what_no_worker_gives(tmp_path):
     source = make_source(tmp_path)
-    loaders = [EpochLoader(make_mixture(source), batch_size=None, num_workers=count) for count in (0, 1)]
+    loaders = [EpochLoader(make_mixture(source), num_workers=count) for count in (0, 1)]
     for _ in range(2):
         without, with_one = (facts(loader) for loader in loaders)
         assert without == with_one
@@ -140,7 +147,7 @@ def test_one_worker_gives_what_no_worker_gives(tmp_path):
 
 def test_two_workers_take_turns(tmp_path, monkeypatch):
     source = make_source(tmp_path, sizes=[4, 4, 4])
-    batches = list(EpochLoader(make_mixture(source, num_batches=5), batch_size=None, num_workers=2))
+    batches = list(EpochLoader(make_mixture(source, num_batches=5), num_workers=2))
     assert len(batches) == 5
     assert all(batch.num_masks == 4 for batch in batches)
     for worker in range(2):
@@ -160,7 +167,7 @@ def test_images_without_usable_masks_are_passed_over(tmp_path):
     bad = [make_record(f"bad{n}", [LEFT], [Segment("s", PERSON, iscrowd=True)]) for n in range(5)]
     source = make_source(write_split(tmp_path / "rare", [[*bad, make_record("good", [LEFT], [Segment("s", DOG)])]]))
     for index in range(6):
-        batches = list(make_mixture(source, num_batches=1, rank=Share(index, 6)))
+        batches = batches_of(make_mixture(source, num_batches=1, rank=Share(index, 6)))
         assert {key for batch in batches for key in batch.keys} == {"good"}
 
 
@@ -168,7 +175,7 @@ def test_a_source_of_few_usable_images_repeats_them_in_other_crops(tmp_path):
     source = make_source(
         write_split(tmp_path / "one", [[make_record("only", [LEFT, RIGHT], [Segment("a", CAR), Segment("b", DOG)])]])
     )
-    batches = list(islice(make_mixture(source, masks_per_image=1), 3))
+    batches = batches_of(islice(make_mixture(source, masks_per_image=1), 3))
     assert {key for batch in batches for key in batch.keys} == {"only"}
     assert len(torch.unique(torch.cat([batch.images_I3SS for batch in batches]).flatten(1), dim=0)) > 6
 
@@ -177,7 +184,59 @@ def test_the_numbers_of_lost_masks_add_up(tmp_path):
     tiny = rectangle(20, 16, 21, 17)
     record = make_record("k", [LEFT, tiny], [Segment("a", CAR), Segment("b", DOG)])
     source = make_source(write_split(tmp_path / "tiny", [[record]]), quota=3)
-    batch = next(iter(make_mixture(source, agnostic_share=0.0)))
+    batch = next(iter(make_mixture(source, agnostic_share=0.0))).batch
     assert (batch.num_images, batch.num_vanished) == (3, 3)
     assert set(batch.mask_ids) == {"a"}
     assert SMALL.sum() == 4
+
+
+def test_broken_images_are_skipped_and_counted_up_to_the_share_of_the_source(tmp_path):
+    good = [make_record(f"good{n}") for n in range(4)]
+    broken = replace(make_record("broken"), image_bytes=b"no picture")
+    source = make_source(write_split(tmp_path / "some", [[*good, broken]]))
+    with pytest.raises(ValueError, match=r"data\.sources\.mine: image broken cannot be decoded.*max_skipped \(now 0"):
+        list(make_mixture(source))
+    lenient = replace(source, max_skipped=0.2)
+    with pytest.warns(UserWarning, match=r"data\.sources\.mine: skipped\. image broken"):
+        batches = batches_of(make_mixture(lenient))
+    assert sum(batch.num_skipped for batch in batches) == 1
+    assert {key for batch in batches for key in batch.keys} == {record.key for record in good}
+
+
+def test_more_broken_images_than_the_share_end_the_run(tmp_path):
+    broken = [replace(make_record(f"broken{n}"), image_bytes=b"no picture") for n in range(3)]
+    source = make_source(write_split(tmp_path / "many", [[*broken, make_record("good")]]))
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ValueError, match=r"number 3: broken.*max_skipped \(now 0\.5, a share of its 4 images\)"),
+    ):
+        list(make_mixture(replace(source, max_skipped=0.5)))
+
+
+def test_rare_classes_are_read_more_often(tmp_path):
+    common = [make_record(f"common{n}", [LEFT], [Segment("s", PERSON)]) for n in range(9)]
+    folder = write_split(tmp_path / "tail", [[*common, make_record("rare", [LEFT], [Segment("s", DOG)])]])
+    # sqrt(0.4 / 0.1) = 2 for the dog, 1 for people.
+    source = replace(make_source(folder), repeat_threshold=0.4)
+    assert source.shards.repeat_factors(0, 0.4).tolist() == pytest.approx([1.0] * 9 + [2.0])
+    read = Counter(key for mixed in make_mixture(source, num_batches=55) for key in mixed.batch.keys)
+    assert read["rare"] / read.total() == pytest.approx(2 / 11, abs=0.01)
+
+
+def test_fractions_of_a_repeat_factor_are_drawn_anew_in_every_pass(tmp_path):
+    records = [
+        make_record("rare", [LEFT], [Segment("s", DOG)]),
+        *(make_record(f"c{n}", [LEFT], [Segment("s", PERSON)]) for n in range(9)),
+    ]
+    shards = ShardSet(write_split(tmp_path / "tail", [records]), "train")
+    lengths = [len(list(epoch_order(shards, 0, epoch, ALONE, 0.225))) for epoch in range(200)]  # factor 1.5
+    assert set(lengths) == {10, 11}
+    assert sum(lengths) / 200 == pytest.approx(10.5, abs=0.1)
+
+
+def test_an_index_without_images_per_class_cannot_repeat(tmp_path):
+    source = make_source(tmp_path)
+    split = source.shards.index.splits["train"]
+    write_index(tmp_path, replace(source.shards.index, splits={"train": replace(split, images_per_class={})}))
+    with pytest.raises(ValueError, match=r"how many images have each class.*leave repeat_threshold out"):
+        ShardSet(tmp_path, "train").repeat_factors(0, 0.001)

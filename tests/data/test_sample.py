@@ -132,7 +132,7 @@ def test_an_image_without_usable_segments_is_not_tried_at_all(monkeypatch):
 @pytest.mark.parametrize("take", [drawn, lambda record: whole_sample(record, LABELS, VIEW, CODEC)])
 def test_a_class_that_is_not_in_the_vocabulary_is_named(take):
     record = make_record("x7", masks=[LEFT], segments=[Segment("s9", 12)])
-    with pytest.raises(ValueError, match=r"mine, sample x7, segment s9: class 12 is not in .*'coco'.*mine\.vocabulary"):
+    with pytest.raises(ValueError, match=r"^sample x7, segment s9: class 12 is not in .*'coco'.*mine\.vocabulary"):
         take(record)
 
 

@@ -8,9 +8,11 @@ import pytest
 import webdataset
 from tiny_shards import make_record, write_sizes, write_split
 
+from osm_lightning import shard_tar
 from osm_lightning.data import stream as stream_module
-from osm_lightning.data.stream import ShardSet, Share, epoch_order, read_table, stream
+from osm_lightning.data.stream import ShardSet, Share, epoch_order, stream
 from osm_lightning.record import decode
+from osm_lightning.shard_tar import read_table
 
 SCENES = Path(__file__).parents[2] / "data_shards" / "scenes"
 ALONE = Share(0, 1)
@@ -22,7 +24,7 @@ def order(shards, share=ALONE, seed=0, epoch=0):
 
 
 def keys(shards, count, share=ALONE, seed=0, epoch=0):
-    return [record.key for _, record in islice(stream(shards, seed, epoch, share), count)]
+    return [shards.read(*where).key for _, where in islice(stream(shards, seed, epoch, share), count)]
 
 
 def positions(sizes):
@@ -102,7 +104,7 @@ def test_a_stream_goes_on_with_passes_in_new_orders(tmp_path, count):
     shards = ShardSet(write_sizes(tmp_path, [6, 6, 6]), "train")
     share = Share(0, count)
     length = len(order(shards, share))
-    passes = [number for number, _ in islice(stream(shards, 0, 0, share), 3 * length)]
+    passes = [place.number for place, _ in islice(stream(shards, 0, 0, share), 3 * length)]
     assert passes[:length] == [0] * length
     assert set(passes) >= {0, 1, 2}
     read = keys(shards, 2 * length, share)
@@ -191,7 +193,7 @@ def test_a_count_that_differs_from_the_index_is_named(tmp_path):
 
 def test_a_member_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
     shards = ShardSet(write_sizes(tmp_path, [1]), "train")
-    monkeypatch.setattr(stream_module, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr(shard_tar, "MAX_MEMBER_BYTES", 100)
     with pytest.raises(ValueError, match=r"train-0\.json has [\d,]+ bytes; more than 100 are refused"):
         shards[0]
 
@@ -216,7 +218,7 @@ def test_folders_and_links_in_a_tar_are_no_samples(tmp_path):
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
         tar.addfile(tarfile.TarInfo("c.jpg"), io.BytesIO())
-    assert [key for key, _ in read_table(path)] == ["c"]
+    assert [entry.key for entry in read_table(path)] == ["c"]
 
 
 @pytest.mark.parametrize("sizes", [[2], [1, 1]])

@@ -1,6 +1,7 @@
 """Small records and shard folders for the tests of `data/`: noise pictures with rectangles for masks."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,14 @@ def write_split(
         num_masks = sum(len(record.segments) for record in shard)
         infos.append(ShardInfo(path.name, "0" * 64, path.stat().st_size, len(shard), num_masks))
     others = read_index(folder).splits if (folder / "index.json").exists() else {}
-    write_index(folder, ShardIndex("mine", vocabulary, {**others, split: SplitInfo(tuple(infos), {})}))
+    classes = Counter(
+        class_id
+        for shard in shards
+        for record in shard
+        for class_id in {segment.class_id for segment in record.segments if segment.class_id is not None}
+    )
+    info = SplitInfo(tuple(infos), {}, images_per_class=classes)
+    write_index(folder, ShardIndex("mine", vocabulary, {**others, split: info}))
     return folder
 
 

@@ -59,7 +59,7 @@ def test_waiting_is_the_time_between_steps(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("osm_lightning.training.callbacks.time.perf_counter", lambda: next(clock))
     rows: dict[str, float] = {}
     module: Any = SimpleNamespace(log=lambda name, value, **_: rows.update({name: value}), log_dict=rows.update)
-    batch: Any = SimpleNamespace(num_masks=1, num_images=1, num_vanished=3)
+    batch: Any = SimpleNamespace(num_masks=1, num_images=1, num_vanished=3, num_skipped=0)
     loop: Any = SimpleNamespace(world_size=1, log_every_n_steps=2, global_step=0)
     callback = Throughput()
     for step in (1, 2):
@@ -76,7 +76,7 @@ def test_no_batch_falls_between_rows_when_gradients_accumulate() -> None:
     module: Any = SimpleNamespace(
         log=lambda *_, **__: None, log_dict=lambda row: rows.append(row["train/vanished_masks"])
     )
-    batch: Any = SimpleNamespace(num_masks=1, num_images=1, num_vanished=3)
+    batch: Any = SimpleNamespace(num_masks=1, num_images=1, num_vanished=3, num_skipped=0)
     loop: Any = SimpleNamespace(world_size=1, log_every_n_steps=1, global_step=0)
     callback = Throughput()
     callback.on_train_epoch_start(loop, module)

@@ -6,8 +6,9 @@ than are missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -15,8 +16,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from osm_lightning.batch import AGNOSTIC, MaskBatch, MaskSample
 from osm_lightning.data.collate import collate
 from osm_lightning.data.sample import Labels, View, draw_sample, generator
-from osm_lightning.data.stream import ShardSet, Share, stream
+from osm_lightning.data.stream import Place, ShardSet, Share, stream
 from osm_lightning.data.text import TextCodec
+from osm_lightning.record import Record
 
 MAX_IN_VAIN = 1000
 """Images in a row without a usable mask after which a source is given up. More than a reader's share of one pass, which
@@ -33,9 +35,37 @@ class Source:
     """Masks of it in every batch."""
     mode: int
     """Index of its own mode."""
+    max_skipped: float = 0.0
+    """Share of its images that a reader may skip because they are broken; the first one beyond ends the run."""
+    repeat_threshold: float | None = None
+    """Images with a class that fewer than this share of images have are read more often; None reads all alike."""
 
 
-class Mixture(IterableDataset[MaskBatch]):
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an epoch has come on one rank."""
+
+    epoch: int = 0
+    delivered: int = 0
+    """Batches that have been handed out."""
+    places: Mapping[int, tuple[Place, ...]] = field(default_factory=dict)
+    """From reader (rank and worker) to its place in every source, after the last batch of its that was handed out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """A batch, and where its reader stands after it. They travel together: what is prefetched has not been seen."""
+
+    batch: MaskBatch
+    reader: int
+    places: tuple[Place, ...]
+
+    def pin_memory(self) -> Mixed:
+        """Pins the batch."""
+        return replace(self, batch=self.batch.pin_memory())
+
+
+class Mixture(IterableDataset[Mixed]):
     """Batches of all sources, for one epoch at a time."""
 
     def __init__(
@@ -66,51 +96,101 @@ class Mixture(IterableDataset[MaskBatch]):
         self.sources, self.view, self.codec = sources, view, codec
         self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
         self.num_batches, self.seed, self.rank = num_batches, seed, rank
-        self.epoch = 0
+        self.progress = Progress()
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[MaskBatch]:
-        # The epoch is read here, not when the first batch is asked for: by then it may be the next one's.
-        return self._batches(self.epoch)
+    def __iter__(self) -> Iterator[Mixed]:
+        # The progress is read here, not when the first batch is asked for: by then it may have gone on.
+        return self._batches(self.progress)
 
-    def _batches(self, epoch: int) -> Iterator[MaskBatch]:
-        info = get_worker_info()
-        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        share = Share(self.rank.index * num_workers + worker, self.rank.count * num_workers)
-        names = [source.labels.dataset for source in self.sources]
-        streams = [self._samples(source, epoch, share) for source in self.sources]
-        for number in range(worker, self.num_batches, num_workers):
-            rng = generator(self.seed, epoch, "modes", share.index, number)
-            samples: list[MaskSample] = []
-            modes: list[int] = []
-            for source, drawn in zip(self.sources, streams, strict=True):
-                samples += take(drawn, source.quota)
-                modes += halve(source, self.agnostic_share, rng)
-            yield collate(samples, names, modes)
-
-    def _samples(self, source: Source, epoch: int, share: Share) -> Iterator[MaskSample]:
-        """Drawn samples of one source, without end.
+    def draw(self, source: Source, record: Record, epoch: int, number: int) -> MaskSample | None:
+        """What training makes of a record in a pass of an epoch, whoever reads it; None if no mask of it is usable.
 
         Raises:
-            ValueError: MAX_IN_VAIN images in a row gave not one usable mask.
+            ValueError: the record is broken, or a class is not in the vocabulary.
         """
-        dataset, in_vain = source.labels.dataset, 0
-        for number, record in stream(source.shards, self.seed, epoch, share):
-            rng = generator(self.seed, epoch, number, dataset, record.key)
-            sample = draw_sample(record, source.labels, self.view, self.codec, self.masks_per_image, rng)
-            if sample is not None:
-                in_vain = 0
-                yield sample
+        rng = generator(self.seed, epoch, number, source.labels.dataset, record.key)
+        return draw_sample(record, source.labels, self.view, self.codec, self.masks_per_image, rng)
+
+    def _batches(self, begun: Progress) -> Iterator[Mixed]:
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        # A loader asks its first worker first; the batch that is due may be another's.
+        turn = (worker + begun.delivered) % num_workers
+        share = Share(self.rank.index * num_workers + turn, self.rank.count * num_workers)
+        names = [source.labels.dataset for source in self.sources]
+        starts = begun.places.get(share.index, (Place(),) * len(self.sources))
+        readers = [
+            _Reader(self, source, begun.epoch, share, start) for source, start in zip(self.sources, starts, strict=True)
+        ]
+        for number in range(begun.delivered + worker, self.num_batches, num_workers):
+            rng = generator(self.seed, begun.epoch, "modes", share.index, number)
+            samples: list[MaskSample] = []
+            modes: list[int] = []
+            skipped = sum(len(reader.place.broken) for reader in readers)
+            for source, reader in zip(self.sources, readers, strict=True):
+                samples += take(reader, source.quota)
+                modes += halve(source, self.agnostic_share, rng)
+            skipped = sum(len(reader.place.broken) for reader in readers) - skipped
+            batch = replace(collate(samples, names, modes), num_skipped=skipped)
+            yield Mixed(batch, share.index, tuple(reader.place for reader in readers))
+
+
+class _Reader(Iterator[MaskSample]):
+    """Drawn samples of one source, without end, and the place that the last one was found at."""
+
+    def __init__(self, mixture: Mixture, source: Source, epoch: int, share: Share, start: Place) -> None:
+        self.place = start
+        self._mixture, self._source, self._epoch = mixture, source, epoch
+        self._stream = stream(source.shards, mixture.seed, epoch, share, start, source.repeat_threshold)
+
+    def __next__(self) -> MaskSample:
+        """Draws on, past images without a usable mask.
+
+        Raises:
+            ValueError: MAX_IN_VAIN images in a row gave not one usable mask, or too many are broken.
+        """
+        mixture, labels = self._mixture, self._source.labels
+        for _ in range(MAX_IN_VAIN):
+            place, (shard, position) = next(self._stream)
+            self.place = replace(place, broken=self.place.broken)
+            self._source.shards.path(shard)  # a server that does not answer is no broken sample
+            try:
+                record = self._source.shards.read(shard, position)
+                sample = mixture.draw(self._source, record, self._epoch, place.number)
+            except ValueError as error:
+                self._skip(self._source.shards.name(shard, position), error)
                 continue
-            in_vain += 1
-            if in_vain == MAX_IN_VAIN:
-                raise ValueError(
-                    f"data.sources.{dataset}: {in_vain} images in a row had no mask of more than "
-                    f"{self.view.min_mask_px} px that has a name and may be trained on. Lower data.min_mask_px, set "
-                    f"data.sources.{dataset}.vocabulary, or look at the shards."
-                )
+            if sample is not None:
+                return sample
+        raise ValueError(
+            f"data.sources.{labels.dataset}: {MAX_IN_VAIN} images in a row had no mask of more than "
+            f"{mixture.view.min_mask_px} px that has a name and may be trained on. Lower data.min_mask_px, set "
+            f"data.sources.{labels.dataset}.vocabulary, or look at the shards."
+        )
+
+    def _skip(self, sample: str, error: ValueError) -> None:
+        """Passes over a broken sample, once the source allows for it.
+
+        Raises:
+            ValueError: more samples are broken than the source's share of skips.
+        """
+        if sample in self.place.broken:
+            return
+        source = self._source
+        broken = (*self.place.broken, sample)
+        if len(broken) > source.max_skipped * len(source.shards):
+            name = source.labels.dataset
+            skips = "" if len(broken) == 1 else f" It is number {len(broken)}: {', '.join(broken[:5])} ..."
+            raise ValueError(
+                f"data.sources.{name}: {error}{skips} To skip broken images, and count them, raise "
+                f"data.sources.{name}.max_skipped (now {source.max_skipped:g}, a share of its {len(source.shards)} "
+                "images); `osm shards verify` finds them all."
+            ) from error
+        warnings.warn(f"data.sources.{source.labels.dataset}: skipped. {error}", stacklevel=2)
+        self.place = replace(self.place, broken=broken)
 
 
 def take(samples: Iterator[MaskSample], quota: int) -> Iterator[MaskSample]:

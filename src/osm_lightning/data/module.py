@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from osm_lightning.batch import MaskBatch, MaskSample, mode_index, mode_names
 from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context
+from osm_lightning.data.loader import EpochLoader
 from osm_lightning.data.mixture import Mixture, Source
 from osm_lightning.data.sample import Labels, View, whole_sample
 from osm_lightning.data.stream import ShardSet, Share
@@ -28,7 +28,7 @@ class SourceConfig:
     """One data source. Its key in `data.sources` names it in logs, and its mode unless `mode` does."""
 
     shards: str
-    """Shard folder, with its index.json."""
+    """Shard folder with its index.json; or a file:, http(s):, s3: or pipe: url of one (docs/remote_shards.md)."""
     train: str | None = "train"
     """Split to train on; None leaves the source out of the mixture."""
     val: str | None = "val"
@@ -41,6 +41,11 @@ class SourceConfig:
     """Key or TSV; None takes what the shards say."""
     weight: float = 1.0
     """Weight of its part of the loss."""
+    max_skipped: float = 0.0
+    """Share of its images that training may skip because they are broken; they are named and counted."""
+    repeat_threshold: float | None = None
+    """Read images with rare classes more often: a class that a share f < t of images have gives its images a factor of
+    sqrt(t / f). 0.001 is usual for LVIS; None reads all images alike."""
 
 
 class Whole(Dataset[MaskSample]):
@@ -55,27 +60,6 @@ class Whole(Dataset[MaskSample]):
 
     def __getitem__(self, position: int) -> MaskSample:
         return whole_sample(self.records[position], self.labels, self.view, self.codec, self.keep_vanished)
-
-
-class EpochLoader(DataLoader[MaskBatch]):
-    """A loader that gives its mixture the next epoch number whenever it is iterated anew."""
-
-    def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        mixture = self.dataset
-        assert isinstance(mixture, Mixture)
-        mixture.epoch += 1
-        return iterator
-
-    def state_dict(self) -> dict[str, int]:
-        """Number of the epoch that a resumed run begins with: never one whose batches have been seen."""
-        assert isinstance(self.dataset, Mixture)
-        return {"epoch": self.dataset.epoch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where a checkpoint left off."""
-        assert isinstance(self.dataset, Mixture)
-        self.dataset.epoch = state["epoch"]
 
 
 class OSMData(lightning.LightningDataModule):
@@ -98,6 +82,7 @@ class OSMData(lightning.LightningDataModule):
         images_per_val_batch: int = 1,
         num_workers: int = 4,
         seed: int = 0,
+        resume_approximately: bool = False,
     ) -> None:
         """Remembers the settings; nothing is opened before a loader is asked for.
 
@@ -118,6 +103,8 @@ class OSMData(lightning.LightningDataModule):
             images_per_val_batch: images of a validation or prediction batch, each with all its masks.
             num_workers: processes that prepare batches.
             seed: seed of shuffling, augmentation and prompts.
+            resume_approximately: let a run that is resumed in the middle of an epoch go on with another number of
+                workers or processes than it had. Its next batches are then not those of the uninterrupted run.
 
         Raises:
             ValueError: a setting is out of its range.
@@ -130,7 +117,11 @@ class OSMData(lightning.LightningDataModule):
         self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
         self.num_workers, self.seed = num_workers, seed
+        self.resume_approximately = resume_approximately
         self.predicted: Sequence[Record] | None = None
+        self._opened: dict[tuple[str | None, ...], tuple[Labels, ShardSet]] = {}
+        self._loader: EpochLoader | None = None
+        self._resumed: dict[str, Any] | None = None
         self._check()
 
     def _check(self) -> None:
@@ -146,6 +137,13 @@ class OSMData(lightning.LightningDataModule):
             if not holds:
                 raise ValueError(f"data.{setting} is {value}, but must be {rule}.")
         for name, source in self.sources.items():
+            threshold = source.repeat_threshold
+            for setting, given, rule, holds in (
+                ("max_skipped", source.max_skipped, "a share from 0 to 1", 0 <= source.max_skipped <= 1),
+                ("repeat_threshold", threshold, "more than 0, or null", threshold is None or threshold > 0),
+            ):
+                if not holds:
+                    raise ValueError(f"data.sources.{name}.{setting} is {given}, but must be {rule}.")
             if not source.weight > 0:
                 raise ValueError(
                     f"data.sources.{name}.weight is {source.weight}, but must be more than 0. To leave a source out of "
@@ -178,21 +176,46 @@ class OSMData(lightning.LightningDataModule):
         Raises:
             ValueError: a quota that the mode halves don't divide, an unknown mode, or missing shards.
         """
-        sources = [self._source(name) for name, config in self.sources.items() if config.train is not None]
-        if not sources:
-            raise ValueError("data.sources holds nothing to train on: give at least one source a `train` split.")
-        per_step = sum(source.quota for source in sources) * self.rank.count
         mixture = Mixture(
-            sources,
+            self._train_sources(),
             self.view,
             self.codec,
             masks_per_image=self.masks_per_image,
             agnostic_share=self.agnostic_share,
-            num_batches=max(1, self.masks_per_epoch // per_step),
+            num_batches=self._num_batches(),
             seed=self.seed,
             rank=self.rank,
         )
-        return EpochLoader(mixture, batch_size=None, num_workers=self.num_workers)
+        self._loader = EpochLoader(mixture, self.num_workers, self.resume_approximately, self.batches_per_epoch)
+        if self._resumed is not None:
+            self._loader.resume(self._resumed)
+            self._resumed = None
+        return self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far training is. Not left to Lightning, which gives a loader its state back only in some resumed runs."""
+        return {} if self._loader is None else {"loader": self._loader.state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps it for the training loader, which is made later."""
+        self._resumed = state_dict.get("loader")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch that the trainer takes: `limit_train_batches` is a number, or a share of all."""
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        num_batches = self._num_batches()
+        return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+
+    def _num_batches(self) -> int:
+        per_step = sum(source.quota for source in self._train_sources()) * self.rank.count
+        return max(1, self.masks_per_epoch // per_step)
+
+    def _train_sources(self) -> list[Source]:
+        sources = [self._source(name) for name, config in self.sources.items() if config.train is not None]
+        if not sources:
+            raise ValueError("data.sources holds nothing to train on: give at least one source a `train` split.")
+        return sources
 
     def val_dataloader(self) -> list[DataLoader[MaskBatch]]:
         """One loader per source: all masks of every image of its `val` split, split by rank without padding."""
@@ -236,13 +259,21 @@ class OSMData(lightning.LightningDataModule):
                 f"data.agnostic_share ({self.agnostic_share}) is whole too: that part is named with the agnostic mode, "
                 "the rest with its own. Use a multiple of 2 for halves, or set data.agnostic_share to 0."
             )
-        return Source(labels, shards, quota, mode_index(config.mode or name, self.modes))
+        mode = mode_index(config.mode or name, self.modes)
+        return Source(labels, shards, quota, mode, config.max_skipped, config.repeat_threshold)
 
     def _open(self, name: str, split: str) -> tuple[Labels, ShardSet]:
         config = self.sources[name]
-        shards = ShardSet(Path(config.shards), split)
+        asked = (name, split, config.shards, config.vocabulary)
+        if asked not in self._opened:  # a remote folder's index is fetched anew whenever it is opened
+            self._opened[asked] = self._open_anew(name, config, split)
+        return self._opened[asked]
+
+    @staticmethod
+    def _open_anew(name: str, config: SourceConfig, split: str) -> tuple[Labels, ShardSet]:
+        shards = ShardSet(config.shards, split)
         key = config.vocabulary or shards.index.vocabulary
-        if key is not None and (shards.folder / key).is_file():
-            key = str(shards.folder / key)
+        beside = None if key is None else shards.folder.side_file(key)
+        key = key if beside is None else str(beside)
         vocabulary = None if key is None else load_vocabulary(key)
         return Labels(name, vocabulary, ignored_ids(shards.index.dataset)), shards

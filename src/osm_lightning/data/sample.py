@@ -46,7 +46,7 @@ class Labels:
             return segment.name if segment.name and segment.name.strip() else None
         if segment.class_id not in self.vocabulary:
             raise ValueError(
-                f"{self.dataset}, sample {key}, segment {segment.id}: class {segment.class_id} is not in the "
+                f"sample {key}, segment {segment.id}: class {segment.class_id} is not in the "
                 f"vocabulary {self.vocabulary.key!r} ({len(self.vocabulary)} classes). Is that another dataset's? Set "
                 f"data.sources.{self.dataset}.vocabulary."
             )

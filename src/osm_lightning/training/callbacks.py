@@ -20,10 +20,11 @@ from osm_lightning.evaluation.naming import format_scores
 from osm_lightning.evaluation.predictions import PredictionWriter
 from osm_lightning.evaluation.segments import SegmentSource
 from osm_lightning.training.task import OSMTask
+from osm_lightning.whole_file import write_whole
 
 
 class Throughput(Callback):
-    """Logs masks seen, masks/s, images/s, the share of time spent waiting for data, and vanished masks.
+    """Logs masks seen, masks/s, images/s, the share of time spent waiting for data, vanished masks and skipped images.
 
     Lightning's own monitor takes every batch to be of one size; here a batch is as many masks as it holds.
     """
@@ -65,6 +66,7 @@ class Throughput(Callback):
         self._masks += batch.num_masks * trainer.world_size
         self._images += batch.num_images * trainer.world_size
         self._vanished += batch.num_vanished
+        self._skipped += batch.num_skipped
         # Lightning writes at these steps only, and drops what is logged at others.
         accumulates = trainer.global_step == self._step
         self._step = trainer.global_step
@@ -78,12 +80,13 @@ class Throughput(Callback):
                 "train/images_per_s": self._images / passed_s,
                 "train/data_wait_share": self._wait_s / passed_s,
                 "train/vanished_masks": float(self._vanished),
+                "train/skipped_images": float(self._skipped),
             }
         )
         self._forget()
 
     def _forget(self) -> None:
-        self._masks = self._images = self._vanished = 0
+        self._masks = self._images = self._vanished = self._skipped = 0
         self._wait_s = 0.0
         self._since_s = self._step_ended_s = time.perf_counter()
 
@@ -124,7 +127,7 @@ class KeepConfig(SaveConfigCallback):
         if trainer.is_global_zero and trainer.log_dir is not None:
             folder = Path(trainer.log_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self.config_filename).write_text(text, encoding="utf-8")
+            write_whole(folder / self.config_filename, text)
 
 
 class WriteScores(Callback):
@@ -144,9 +147,7 @@ class WriteScores(Callback):
             return
         content = {"step": trainer.global_step, "scores": [asdict(row) for row in rows]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
     on_test_end = on_validation_end
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask
 from osm_lightning.data.module import OSMData
+from osm_lightning.data.sample import generator
 from osm_lightning.evaluation.naming import NamingAccuracy, ScoreRow
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.model.osm import OSM, EncodedImages
@@ -102,6 +103,11 @@ class OSMTask(lightning.LightningModule):
 
     # Training -----------------------------------------------------------------------------------------------------
 
+    def on_train_batch_start(self, batch: MaskBatch, batch_index: int) -> None:
+        """Seeds the step by its number, so that a resumed run has the dropout that a whole one has."""
+        number = self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed(int(generator("step", self._data.seed, self.global_rank, number).integers(2**62)))
+
     def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:
         """Loss of one mixed batch.
 
@@ -128,7 +134,7 @@ class OSMTask(lightning.LightningModule):
             ValueError: the run has no end that is known in steps.
         """
         optimizer = adamw(self.osm, self.optim)
-        total_steps = self.trainer.estimated_stepping_batches
+        total_steps = self._total_steps()
         if math.isinf(total_steps):
             raise ValueError(
                 "trainer.max_epochs is -1 and trainer.max_steps is not set, but the learning rate falls to the end of "
@@ -136,6 +142,13 @@ class OSMTask(lightning.LightningModule):
             )
         scheduler = warmup_cosine(optimizer, self.optim, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> float:
+        # Lightning's own estimate would make the training loader before a resumed run has its state back.
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        per_epoch = math.ceil(self._data.batches_per_epoch / self.trainer.accumulate_grad_batches)
+        by_epochs = math.inf if epochs in {None, -1} else per_epoch * epochs
+        return min(by_epochs, math.inf if steps == -1 else steps)
 
     def _weights(self, datasets: Sequence[str]) -> Tensor:
         return torch.tensor([self._data.sources[name].weight for name in datasets])

@@ -1,0 +1,95 @@
+"""A tiny fit that writes down what it trained on, for tests that kill it: run in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_training import scenes_data, tiny_task, trainer
+
+from osm_lightning.batch import MaskBatch
+
+
+class Diary(Callback):
+    """Appends a line to a file for every batch: its number, a hash of all it holds, the loss bit for bit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
+    ) -> None:
+        line = {
+            "number": trainer.fit_loop.total_batch_idx,
+            "batch": digest(batch),
+            "loss": float(outputs["loss"]).hex(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def digest(batch: MaskBatch) -> str:
+    """sha256 of everything in a batch."""
+    sha = hashlib.sha256()
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+    return sha.hexdigest()
+
+
+def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None:
+    """Fits for two epochs, from the folder's last.ckpt where there is one; saves every second step.
+
+    One of several ranks finds its own number and the others' address in the environment.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    task = tiny_task()
+    data = scenes_data(task, steps=steps * ranks, num_workers=num_workers, masks_per_image=2)
+    moments: tuple[dict[str, Any], ...] = (
+        {"every_n_train_steps": 2},
+        {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    )
+    saving = [ModelCheckpoint(folder, filename="last", enable_version_counter=False, **when) for when in moments]
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    loop = trainer(
+        folder,
+        max_epochs=2,
+        devices=ranks,
+        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        enable_checkpointing=True,
+        use_distributed_sampler=False,
+        callbacks=[Diary(diary_path(folder, rank)), *saving],
+    )
+    path = folder / "last.ckpt"
+    loop.fit(task, datamodule=data, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+
+
+def diary_path(folder: Path, rank: int = 0) -> Path:
+    """Where a rank writes."""
+    return folder / f"diary-{rank}.jsonl"
+
+
+def diary(folder: Path, rank: int = 0) -> dict[int, tuple[str, str]]:
+    """What was trained on at each step; a step that was done twice must have been the same both times.
+
+    A line that a kill cut off says nothing.
+    """
+    steps: dict[int, tuple[str, str]] = {}
+    path = diary_path(folder, rank)
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        found = (line["batch"], line["loss"])
+        assert steps.setdefault(line["number"], found) == found, f"step {line['number']} differs the second time"
+    return steps
