@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 import yaml
@@ -24,6 +25,7 @@ from osm_lightning.batch import MaskBatch
 from osm_lightning.data.module import OSMData, SourceConfig
 from osm_lightning.instructions import TEST_QUESTION
 from osm_lightning.model.osm import OSM
+from osm_lightning.model.qformer import Layer
 from osm_lightning.naming.greedy import name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.task import OSMTask
@@ -113,7 +115,11 @@ def timed(times: dict[str, float], part: str) -> Iterator[None]:
 def parts_timed(model: OSM, times: dict[str, float]) -> Iterator[None]:
     """Times tower, Q-Former and LLM within the block, forward and backward."""
     handles = []
-    for part, module in (("vit", model.vision), ("qformer", model.qformer), ("llm", model.language.llm.get_decoder())):
+    modules = [("vit", model.vision), ("qformer", model.qformer), ("llm", model.language.llm.get_decoder())]
+    # The images' keys and values are made outside of the Q-Former's own call, once for all of their masks.
+    looks = [cast("Layer", layer).cross_attention for layer in model.qformer.layers]
+    modules += [("qformer", module) for look in looks if look is not None for module in (look.key, look.value)]
+    for part, module in modules:
         marks: list[float] = []
 
         def begin(*_: object, marks: list[float] = marks) -> None:

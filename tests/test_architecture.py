@@ -18,8 +18,9 @@ PACKAGE = "osm_lightning"
 SOURCES = Path(osm_lightning.__file__).parent
 
 LAYERS = (
-    {"rle"},
-    {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index"},
+    {"rle", "whole_file"},
+    {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index", "shard_transport"},
+    {"shard_folder", "shard_tar"},
     {"shards", "data", "model"},
     {"naming", "weights", "evaluation"},
     {"training"},

@@ -37,6 +37,8 @@ MORE: dict[tuple[str, ...], str] = {
 
 LEAVES = {
     ("osm", "predict"): ["named/predictions.jsonl", "named/predictions.coco.json", "named/overlay/*.png"],
+    ("osm", "shards", "build", "photos.yaml"): ["data_shards/mine/index.json", "data_shards/mine/train-00000.tar"],
+    ("osm", "shards", "browse"): ["page.html"],
     ("osm", "shards", "build"): ["data_shards/coco/index.json", "data_shards/coco/train2017-00000.tar"],
     ("osm", "fit"): [
         "runs/*/config.yaml",
@@ -54,6 +56,17 @@ NOT_RUN = (("make",), ("osm", "weights", "fetch"))
 """Commands that would install or download; tests of their own look at what can be seen without."""
 
 NUM_PHOTOS = 3
+
+OWN_DATA = """\
+dataset: mine
+format: coco_panoptic
+vocabulary: coco
+splits:
+  train:
+    images: COCO/train2017
+    annotations: COCO/annotations/panoptic_train2017.json
+    segment_maps: COCO/annotations/panoptic_train2017
+"""
 
 
 def blocks(language: str) -> list[str]:
@@ -124,6 +137,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     write_coco(folder / "COCO")
     (folder / "photos").symlink_to("COCO/train2017")
+    (folder / "photos.yaml").write_text(OWN_DATA, encoding="utf-8")
     (folder / "masks.json").symlink_to("COCO/annotations/panoptic_train2017.json")
     (folder / "masks").symlink_to("COCO/annotations/panoptic_train2017")
     write_model(folder / "models" / "mini-coco", tmp_path_factory.mktemp("scratch"))

@@ -148,9 +148,9 @@ def test_class_that_the_vocabulary_lacks(refused: Refuse, tmp_path: Path, worker
     words = settings(tmp_path / "shapes")
     said = refused("fit", *words, "--data.num_workers", str(workers), "--run", tmp_path / "run")
     line = next(line for line in said.splitlines() if "error:" in line)
-    assert line.startswith("osm fit: error: shapes, sample train-")
+    assert line.startswith("osm fit: error: data.sources.shapes: sample train-")
     assert "class 9 is not in the vocabulary 'vocabulary' (3 classes)" in line
-    assert line.endswith("Set data.sources.shapes.vocabulary.")
+    assert "Set data.sources.shapes.vocabulary." in line
 
 
 def test_bare_clone_names_all_that_is_missing_with_its_commands(tmp_path: Path) -> None:
