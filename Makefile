@@ -40,7 +40,8 @@ format: $(STAMP)  ## mend what lint and format can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)  ## masks/s of training and naming, K = 1 and 8, and where the time goes
+bench: $(STAMP)  ## masks/s of the data stream, of training and of naming, and where the time goes
+	@$(BIN)/python benchmarks/bench_data.py
 	@$(BIN)/python benchmarks/bench_model.py
 
 clean:  ## remove .venv, caches and runs; weights and shards stay

@@ -22,7 +22,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from osm_lightning.data.geometry import coverage, fit, place_image, place_map
+from osm_lightning.data.coverage import Masks
+from osm_lightning.data.geometry import fit, place_image
 from osm_lightning.data.sample import Labels
 from osm_lightning.data.stream import ShardSet
 from osm_lightning.datasets import ignored_ids
@@ -96,13 +97,15 @@ def pooled(encoder: VisionEncoder, shards: ShardSet) -> dict[str, NDArray]:
     for number in range(len(shards)):
         record = shards[number]
         placement = fit(record.width_px, record.height_px, config.image_size_px)
-        image = torch.from_numpy(place_image(record.image(), placement)).unsqueeze(0)
+        image = torch.from_numpy(place_image(record.image(), placement)).permute(2, 0, 1).unsqueeze(0)
         tokens = encoder.features(image)[0, config.num_windows :].numpy()
+        masks = Masks(record)
+        masks.place(placement, config.patch_size_px)
         for index, segment in enumerate(record.segments):
-            mask = place_map(record.mask(index), placement)
-            if not labels.counts(segment) or not mask.any():
+            mask = masks.patches(index)
+            if not labels.counts(segment) or mask is None:
                 continue
-            share = coverage(mask, config.patch_size_px).astype(np.float32).ravel()
+            share = mask.coverage_GG.astype(np.float32).ravel()
             rows["x"].append(share @ tokens / share.sum())
             rows["class"].append(segment.class_id)
             rows["image"].append(number)

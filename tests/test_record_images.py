@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from osm_lightning import record as record_module
-from osm_lightning.record import decode_image
+from osm_lightning.record import Record, decode_image, decode_jpeg
 
 HEIGHT, WIDTH = 8, 16
 COLOUR = (200, 100, 50)
@@ -128,3 +128,58 @@ def test_image_above_our_own_limit_is_refused_before_it_is_decoded(monkeypatch: 
     header_only = packed(Image.new("RGB", (WIDTH, HEIGHT + 1)))[:50]
     with pytest.raises(ValueError, match="image sample is 16 x 9 px; more than 128 pixels are refused"):
         decode_image(header_only, "sample")
+
+
+# JPEGs in training: another decoder, which may leave pixels out
+
+
+def photograph(width: int = 90, height: int = 61, mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2, "quality": 30}])
+def test_the_quick_decoder_gives_the_same_pixels(mode: str, options: dict[str, Any]) -> None:
+    data = packed(photograph(mode=mode), "jpeg", **options)
+    pixels = decode_jpeg(data, 90, 61, 1)
+    assert pixels is not None
+    np.testing.assert_array_equal(pixels, np.asarray(decode_image(data, "sample")))
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_smaller_decoding_is_that_of_pillows_drafts(reduction: int) -> None:
+    data = packed(photograph(640, 488), "jpeg", quality=95)
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("RGB", (640 // reduction, 488 // reduction))
+        drafted = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(decode_jpeg(data, 640, 488, reduction), drafted)
+
+
+def test_what_is_no_ordinary_jpeg_is_left_to_pillow() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    jpeg = packed(photograph(), "jpeg")
+    for data in (
+        packed(photograph(), "png"),
+        packed(photograph(mode="CMYK"), "jpeg"),
+        packed(photograph(61, 90), "jpeg", exif=turned),
+        jpeg[: len(jpeg) // 2],
+        b"",
+    ):
+        assert decode_jpeg(data, 90, 61, 1) is None
+    assert decode_jpeg(jpeg, 91, 61, 1) is None, "of another size than recorded"
+
+
+def test_a_record_falls_back_on_pillow_and_its_errors() -> None:
+    jpeg, png = packed(photograph(), "jpeg"), packed(photograph(), "png")
+    record = Record("k", jpeg, "jpg", 61, 90, ())
+    assert record.pixels(2)[0].shape == (31, 45, 3)
+    assert record.pixels(2)[1] == 2
+    pixels, reduction = Record("k", png, "png", 61, 90, ()).pixels(2)
+    assert reduction == 1
+    np.testing.assert_array_equal(pixels, np.asarray(photograph()))
+    with pytest.raises(ValueError, match=r"image k cannot be decoded .*Replace the file"):
+        Record("k", jpeg[: len(jpeg) // 2], "jpg", 61, 90, ()).pixels(1)
+    with pytest.raises(ValueError, match="the image is 90 x 61 px, but its record says 91 x 61"):
+        Record("k", jpeg, "jpg", 61, 91, ()).pixels(1)

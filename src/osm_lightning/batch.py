@@ -42,7 +42,7 @@ class MaskSample:
     dataset: str
     """Name of the data source."""
     image_3SS: Tensor
-    """uint8[3, S, S], RGB, padded right and bottom with zeros."""
+    """uint8[3, S, S], RGB, padded right and bottom with zeros. A pixel's channels lie together in memory."""
     coverage_KGG: Tensor
     """float16[K, G, G], share of each patch that the mask covers, in [0, 1]."""
     context_box_px_K4: Tensor
@@ -58,7 +58,7 @@ class MaskSample:
     instruction_ids: tuple[tuple[int, ...], ...]
     """Q-Former ids of each mask's instruction; empty where the Q-Former takes none."""
     num_vanished: int = 0
-    """Masks of the image that the geometry left too few pixels of."""
+    """Masks that were looked at and that the geometry left too few pixels of."""
 
     @property
     def num_masks(self) -> int:
@@ -87,7 +87,7 @@ class MaskBatch:
     """The masks of one step. Masks of one image stand together and point at it by index."""
 
     images_I3SS: Tensor
-    """uint8[I, 3, S, S], RGB."""
+    """uint8[I, 3, S, S], RGB, in torch's channels_last layout: as pictures come, so that nothing is transposed."""
     image_index_M: Tensor
     """int64[M], the image of each mask, ascending."""
     coverage_MGG: Tensor

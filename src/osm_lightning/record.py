@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from osm_lightning.rle import decode_rle
+from osm_lightning.rle import check_fills, decode_runs, fill
 
 SCHEMA = 1
 """Version of the layout; a reader refuses any other."""
 
+ORIENTATION = ExifTags.Base.Orientation
 IMAGE_ENDINGS = ("jpg", "png", "webp")
 MAX_IMAGE_PIXELS = 120_000_000
 """Larger images are taken for decompression bombs."""
@@ -84,8 +86,23 @@ class Record:
             )
         return image
 
-    def segment_map(self) -> NDArray[np.uint16] | None:
-        """uint16[H, W], position of each pixel's segment from 1, 0 for none; None where segments carry RLE.
+    def pixels(self, reduction: int) -> tuple[NDArray[np.uint8], int]:
+        """Decodes the image, an ordinary JPEG at 1/reduction of its size (rounded up) and anything else in full.
+
+        Args:
+            reduction: 1, 2, 4 or 8.
+
+        Returns:
+            uint8[h, w, 3], RGB, upright; and how many times smaller it is than recorded.
+
+        Raises:
+            ValueError: as `image`.
+        """
+        pixels = decode_jpeg(self.image_bytes, self.width_px, self.height_px, reduction)
+        return (np.asarray(self.image()), 1) if pixels is None else (pixels, reduction)
+
+    def segment_map(self) -> NDArray[np.uint8] | NDArray[np.uint16] | None:
+        """uint8 or uint16[H, W], position of each pixel's segment from 1, 0 for none; None where segments carry RLE.
 
         Raises:
             ValueError: the map is not a grey PNG of the recorded size, or points at no segment.
@@ -96,7 +113,8 @@ class Record:
             with Image.open(io.BytesIO(self.segment_map_png), formats=("PNG",)) as png:
                 mode, size = png.mode, png.size
                 if size == (self.width_px, self.height_px) and mode in {"L", "I", "I;16"}:
-                    array = np.asarray(png).astype(np.uint16)
+                    array = np.asarray(png)
+                    array = array if mode == "L" else array.astype(np.uint16)
                 else:
                     array = None
         except BROKEN_IMAGE as error:
@@ -113,24 +131,58 @@ class Record:
             )
         return array
 
-    def mask(self, index: int, segment_map: NDArray[np.uint16] | None = None) -> NDArray[np.bool_]:
+    def runs(self, index: int) -> NDArray[np.int64]:
+        """int64[R], lengths of a segment's runs, background first, column by column; they fill the image.
+
+        Raises:
+            ValueError: its RLE is missing or broken, or of another size.
+        """
+        try:
+            runs = decode_runs(self.segments[index].rle or "")
+            check_fills(runs, self.height_px, self.width_px)
+        except ValueError as error:
+            raise ValueError(f"sample {self.key}: segment {self.segments[index].id} {error}.") from error
+        return runs
+
+    def mask(self, index: int, segment_map: NDArray | None = None) -> NDArray[np.bool_]:
         """bool[H, W], one segment's pixels.
 
         Args:
             index: position of the segment.
             segment_map: what `segment_map()` returned, so that many masks decode it once.
         """
-        rle = self.segments[index].rle
-        if rle is not None:
-            try:
-                return decode_rle(rle, self.height_px, self.width_px)
-            except ValueError as error:
-                raise ValueError(f"sample {self.key}: segment {self.segments[index].id} {error}.") from error
+        if self.segments[index].rle is not None:
+            return fill(self.runs(index), self.height_px, self.width_px)
         decoded = self.segment_map() if segment_map is None else segment_map
         if decoded is None:
             raise ValueError(f"sample {self.key}: segment {self.segments[index].id} has neither RLE nor a segment map.")
         inside: NDArray[np.bool_] = decoded == index + 1
         return inside
+
+
+def decode_jpeg(data: bytes, width_px: int, height_px: int, reduction: int) -> NDArray[np.uint8] | None:
+    """Decodes a JPEG of a known size, straight to 1/reduction of it (rounded up) where that is asked for.
+
+    Args:
+        data: the file.
+        width_px: width that it must have.
+        height_px: height that it must have.
+        reduction: 1, 2, 4 or 8.
+
+    Returns:
+        uint8[h, w, 3], RGB, or None for whatever `decode_image` should look at: no JPEG, one that is turned by EXIF,
+        neither grey nor colour, of another size, or broken.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:  # reads the headers only
+            ordinary = image.mode in {"L", "RGB"} and image.getexif().get(ORIENTATION, 1) == 1
+            if not ordinary or image.size != (width_px, height_px):
+                return None
+        least = {"min_height": -(-height_px // reduction), "min_width": -(-width_px // reduction)}
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, **(least if reduction > 1 else {}))
+    except BROKEN_IMAGE:
+        return None
+    return pixels
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:

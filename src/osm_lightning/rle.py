@@ -31,6 +31,11 @@ def decode_rle(counts: str, height_px: int, width_px: int) -> NDArray[np.bool_]:
     """
     runs = decode_runs(counts)
     check_fills(runs, height_px, width_px)
+    return fill(runs, height_px, width_px)
+
+
+def fill(runs: NDArray[np.int64], height_px: int, width_px: int) -> NDArray[np.bool_]:
+    """bool[H, W] of runs (int64[R]) that fill it exactly."""
     values = np.zeros(len(runs), dtype=bool)
     values[1::2] = True
     return np.repeat(values, runs).reshape(width_px, height_px).T

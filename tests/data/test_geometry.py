@@ -1,28 +1,22 @@
+import io
+
 import numpy as np
 import pytest
+from naive_geometry import placed_map
 from PIL import Image
 from tiny_shards import noise_image
 
-from osm_lightning.data.geometry import (
-    Placement,
-    areas,
-    context_box,
-    coverage,
-    draw,
-    fit,
-    place_image,
-    place_map,
-    tight_box,
-)
+from osm_lightning.data.geometry import Placement, context_box, draw, fit, place_image, place_quickly
+from osm_lightning.record import decode_jpeg
 
 SIZES = [(1, 1), (64, 64), (640, 480), (480, 640), (427, 640), (1001, 1000), (1000, 1001), (3, 1000), (1000, 1), (2, 3)]
 CROPPED = [
-    Placement(84, 63, 56, x_px=17, y_px=5, flip=False),
-    Placement(84, 63, 56, x_px=28, y_px=7, flip=True),
-    Placement(84, 40, 56, x_px=9, y_px=0, flip=True),
-    Placement(30, 21, 56, flip=True),
+    Placement((17, 5, 60, 50), 56, 47, 56),
+    Placement((40, 20, 56, 28), 56, 28, 56, flip=True),
+    Placement((9, 0, 20, 27), 40, 54, 56, flip=True),
+    Placement((0, 0, 96, 64), 30, 20, 56, flip=True),
 ]
-"""Crop in both directions, at the far corner, in one direction; no crop but padding."""
+"""Of images of at least 96 x 70 px: crops that shrink, keep and enlarge; no crop but padding."""
 
 
 def fitted_size(width, height, side):
@@ -42,7 +36,7 @@ def fitted_size(width, height, side):
 def test_fit_is_the_released_rule(width, height, side):
     placement = fit(width, height, side)
     assert (placement.width_px, placement.height_px) == fitted_size(width, height, side)
-    assert placement == Placement(placement.width_px, placement.height_px, side)  # no crop, no flip
+    assert placement == Placement((0, 0, width, height), placement.width_px, placement.height_px, side)
     assert max(placement.width_px, placement.height_px) <= side
 
 
@@ -61,42 +55,8 @@ def test_fit_by_hand(size, side, expected):
     assert (placement.width_px, placement.height_px) == expected
 
 
-def resized(array, placement):
-    """Pillow's own nearest neighbour, cropped, mirrored and padded step by step.
-
-    In its 32-bit mode, which rounds like the 8-bit one of masks; 16-bit images take another path in Pillow.
-    """
-    p = placement
-    image = Image.fromarray(array.astype(np.int32))
-    scaled = np.asarray(image.resize((p.width_px, p.height_px), Image.Resampling.NEAREST))
-    seen = scaled[p.y_px : p.y_px + p.side_px, p.x_px : p.x_px + p.side_px]
-    seen = seen[:, ::-1] if p.flip else seen
-    return np.pad(seen, ((0, p.side_px - seen.shape[0]), (0, p.side_px - seen.shape[1])))
-
-
-# 640 -> 1120 and 1024 -> 1120 are full of ties between two pixels, which Pillow's rounding decides.
-@pytest.mark.parametrize("placement", [*CROPPED, *(fit(w, h, 1120) for w, h in [(640, 480), (1024, 2048), (427, 640)])])
-@pytest.mark.parametrize("size", [(480, 640), (2048, 1024), (640, 427), (48, 64), (1, 9)])
-def test_a_map_is_placed_as_pillow_would(size, placement):
-    array = np.random.default_rng(0).integers(0, 60_000, size).astype(np.uint16)
-    np.testing.assert_array_equal(place_map(array, placement), resized(array, placement))
-
-
-def test_nearest_neighbour_is_pillows_for_all_small_sizes():
-    for size in range(1, 41):
-        row = np.arange(size, dtype=np.uint8)[None]
-        for scaled in range(1, 57):
-            placement = Placement(scaled, 1, 56)
-            np.testing.assert_array_equal(
-                place_map(row, placement), resized(row, placement), err_msg=f"{size} px to {scaled} px"
-            )
-
-
-def test_a_map_keeps_its_type():
-    for kind in (np.bool_, np.uint8, np.uint16):
-        placed = place_map(np.ones((5, 7), dtype=kind), Placement(10, 8, 14))
-        assert placed.dtype == kind
-        assert placed.sum() == 80
+def padded(pixels, side):
+    return np.pad(pixels, ((0, side - pixels.shape[0]), (0, side - pixels.shape[1]), (0, 0)))
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -105,25 +65,85 @@ def test_an_image_that_is_not_cropped_is_pillows_bicubic(width, height):
     placement = fit(width, height, 56)
     placed = place_image(image, placement)
     scaled = np.asarray(image.resize((placement.width_px, placement.height_px), Image.Resampling.BICUBIC))
-    expected = np.pad(scaled, ((0, 56 - scaled.shape[0]), (0, 56 - scaled.shape[1]), (0, 0)))
-    np.testing.assert_array_equal(placed, expected.transpose(2, 0, 1))
+    np.testing.assert_array_equal(placed, padded(scaled, 56))
     assert placed.dtype == np.uint8
 
 
 @pytest.mark.parametrize("placement", CROPPED)
-@pytest.mark.parametrize("size", [(96, 128), (20, 27)])
-def test_a_cropped_image_is_the_crop_of_the_scaled_image(placement, size):
-    p = placement
-    image = noise_image(*size)
-    scaled = np.asarray(image.resize((p.width_px, p.height_px), Image.Resampling.BICUBIC))
-    expected = scaled[p.y_px : p.y_px + p.side_px, p.x_px : p.x_px + p.side_px]
-    expected = expected[:, ::-1] if p.flip else expected
-    height, width = expected.shape[:2]
-    placed = place_image(image, p).transpose(1, 2, 0)
-    difference = np.abs(placed[:height, :width].astype(int) - expected)
-    assert difference.max() <= 1  # the box of the crop is kept in single precision
-    assert not placed[height:].any()
-    assert not placed[:, width:].any()
+def test_a_cropped_image_is_pillows_bicubic_of_the_crop(placement):
+    x, y, width, height = placement.box_xywh_px
+    image = smooth_image(100, 120)
+    seen = image.resize(
+        (placement.width_px, placement.height_px), Image.Resampling.BICUBIC, (x, y, x + width, y + height)
+    )
+    pixels = np.asarray(seen)
+    expected = padded(pixels[:, ::-1] if placement.flip else pixels, 56)
+    np.testing.assert_array_equal(place_image(image, placement), expected)
+
+
+def smooth_image(height, width, finest_px=6):
+    """A picture with detail, but none finer than a few pixels, as photographs are."""
+    small = noise_image(height // finest_px, width // finest_px)
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("placement", "size", "finest_px"),
+    [
+        *((placement, (120, 100), 6) for placement in (*CROPPED, fit(120, 100, 56), fit(120, 100, 224))),
+        (fit(960, 800, 112), (960, 800), 50),  # shrunk eight times: what is finer than a pixel of the input is noise
+    ],
+)
+def test_the_quick_way_shows_nearly_the_same(placement, size, finest_px):
+    image = smooth_image(*size[::-1], finest_px)
+    quick = place_quickly(np.asarray(image), 1, placement).astype(int)
+    difference = np.abs(quick - place_image(image, placement))
+    assert difference.mean() < 2
+    shown = np.zeros((placement.side_px, placement.side_px), dtype=bool)
+    shown[: placement.height_px, : placement.width_px] = True
+    assert not quick[~shown].any()
+    wrong = Placement(placement.box_xywh_px, *placement_size(placement), flip=not placement.flip)
+    assert np.abs(quick - place_image(image, wrong)).mean() > 10, "the test would not see a mirrored picture"
+
+
+def placement_size(placement):
+    return placement.width_px, placement.height_px, placement.side_px
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_a_jpeg_that_is_decoded_smaller_stays_where_it_is(reduction):
+    image = smooth_image(803, 1201)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95)
+    pixels = decode_jpeg(out.getvalue(), 1201, 803, reduction)
+    assert pixels.shape == (-(-803 // reduction), -(-1201 // reduction), 3)
+    for box in [(0, 0, 1201, 803), (136, 72, 904, 600)]:
+        placement = Placement(box, box[2] // reduction, box[3] // reduction, 1120)
+        assert placement.reduction == reduction
+        quick, slow = place_quickly(pixels, reduction, placement).astype(int), place_image(image, placement).astype(int)
+        shifts = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+        apart = {shift: np.abs(np.roll(quick, shift, (0, 1)) - slow)[2:90, 2:100].mean() for shift in shifts}
+        assert min(apart, key=apart.get) == (0, 0)
+        assert 2 * apart[0, 0] < min(difference for shift, difference in apart.items() if shift != (0, 0))
+
+
+def test_crops_are_cut_between_the_pixels_of_the_smaller_image():
+    rng = np.random.default_rng(0)
+    reductions = set()
+    for _ in range(300):
+        placement = draw(2048, 1024, 224, (0.5, 3.0), rng)
+        reductions.add(placement.reduction)
+        x, y, width, _ = placement.box_xywh_px
+        assert x % placement.reduction == y % placement.reduction == 0
+        assert x + width == 2048 or width % placement.reduction == 0
+    assert reductions == {2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("shown_px", "reduction"), [(1120, 1), (641, 1), (640, 1), (321, 1), (320, 2), (161, 2), (160, 4), (80, 8), (9, 8)]
+)
+def test_an_image_is_never_decoded_smaller_than_it_is_shown(shown_px, reduction):
+    assert Placement((0, 0, 640, 640), shown_px, shown_px, 1120).reduction == reduction
 
 
 def test_image_and_map_stay_aligned():
@@ -134,13 +154,14 @@ def test_image_and_map_stay_aligned():
     checked = 0
     for _ in range(30):
         placement = draw(128, 96, 84, (0.8, 2.5), rng)
-        seen, placed = place_image(image, placement), place_map(segments, placement)
+        placed = placed_map(segments, placement)
         wide = np.pad(placed, 4)
         around = [wide[dy : dy + 84, dx : dx + 84] == placed for dy in range(9) for dx in range(9)]
         sure = np.logical_and.reduce(around) & (placed > 0)
-        np.testing.assert_allclose(seen[0][sure].astype(int), placed[sure], atol=3)
-        np.testing.assert_allclose(seen[1][sure].astype(int), 255 - placed[sure].astype(int), atol=3)
-        assert not seen[:, placed == 0].any()
+        for seen in (place_image(image, placement), place_quickly(np.asarray(image), 1, placement)):
+            np.testing.assert_allclose(seen[sure][:, 0].astype(int), placed[sure], atol=3)
+            np.testing.assert_allclose(seen[sure][:, 1].astype(int), 255 - placed[sure].astype(int), atol=3)
+            assert not seen[placed == 0].any()
         checked += sure.sum()
     assert checked > 1000
 
@@ -148,18 +169,22 @@ def test_image_and_map_stay_aligned():
 def test_draws_keep_their_promises():
     rng = np.random.default_rng(0)
     placements = [draw(640, 480, 100, (0.5, 1.5), rng) for _ in range(400)]
+    scales = []
     for p in placements:
-        assert 50 <= p.width_px <= 150
-        assert p.height_px == pytest.approx(p.width_px * 0.75, abs=1)
-        assert 0 <= p.x_px <= max(0, p.width_px - 100)
-        assert 0 <= p.y_px <= max(0, p.height_px - 100)
-        assert p.crop_width_px == min(p.width_px, 100)
-        assert p.crop_height_px == min(p.height_px, 100)
+        x, y, width, height = p.box_xywh_px
+        assert min(x, y) >= 0
+        assert x + width <= 640
+        assert y + height <= 480
+        assert max(p.width_px, p.height_px) <= 100
+        assert p.width_px / width == pytest.approx(p.height_px / height, rel=0.03)  # not distorted, but for rounding
+        scales.append(p.width_px / width * 640 / 100)
+    assert min(scales) == pytest.approx(0.5, abs=0.02)
+    assert max(scales) == pytest.approx(1.5, abs=0.02)
+    assert 0.95 < np.mean(scales) < 1.05
     assert 0.4 < np.mean([p.flip for p in placements]) < 0.6
-    assert 95 < np.mean([p.width_px for p in placements]) < 105
-    cropped = [p for p in placements if p.width_px > 130]
-    assert min(p.x_px for p in cropped) <= 3
-    assert max(p.x_px + 100 - p.width_px for p in cropped) >= -3
+    cropped = [p.box_xywh_px for p, scale in zip(placements, scales, strict=True) if scale > 1.3]
+    assert min(x for x, _, _, _ in cropped) <= 20
+    assert max(x + width for x, _, width, _ in cropped) >= 620
 
 
 def test_draws_repeat_with_the_generator():
@@ -170,40 +195,13 @@ def test_draws_repeat_with_the_generator():
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (1, 1)])
 def test_an_image_of_one_pixel_can_be_placed(size):
     rng = np.random.default_rng(0)
+    image = noise_image(*size[::-1])
     for placement in (fit(*size, 56), *(draw(*size, 56, (0.5, 1.5), rng) for _ in range(20))):
-        assert min(placement.crop_width_px, placement.crop_height_px) >= 1
-        placed = place_map(np.ones(size[::-1], dtype=bool), placement)
-        assert placed.sum() == placement.crop_width_px * placement.crop_height_px
-        assert place_image(noise_image(*size[::-1]), placement).shape == (3, 56, 56)
-
-
-def test_coverage_is_the_share_of_every_patch():
-    mask = np.random.default_rng(0).random((42, 42)) < 0.3
-    mask[:14, :14], mask[14:28, :14] = True, False
-    mask[28:42, 28:42] = False
-    mask[30, 30] = True
-    shares = coverage(mask, 14)
-    assert shares.dtype == np.float16
-    for row in range(3):
-        for column in range(3):
-            inside = [mask[14 * row + y, 14 * column + x] for y in range(14) for x in range(14)]
-            assert shares[row, column] == np.float16(sum(inside) / 196)
-    assert shares[0, 0] == 1
-    assert shares[1, 0] == 0
-    assert shares[2, 2] > 0  # one pixel of 196 does not vanish
-
-
-def test_areas_count_every_segment_even_the_absent_ones():
-    segment_map = np.array([[0, 1, 1], [3, 3, 3]], dtype=np.uint16)
-    assert areas(segment_map, 4).tolist() == [2, 0, 3, 0]
-    assert areas(np.zeros((2, 2), dtype=np.uint16), 0).tolist() == []
-
-
-def test_tight_box_holds_all_pixels_and_no_more():
-    mask = np.zeros((9, 8), dtype=bool)
-    mask[2, 5] = mask[6, 1] = True
-    assert tight_box(mask) == (1, 2, 5, 6)
-    assert tight_box(np.ones((9, 8), dtype=bool)) == (0, 0, 7, 8)
+        assert min(placement.width_px, placement.height_px, *placement.box_xywh_px[2:]) >= 1
+        placed = placed_map(np.ones(size[::-1], dtype=bool), placement)
+        assert placed.sum() == placement.width_px * placement.height_px
+        assert place_image(image, placement).shape == (56, 56, 3)
+        assert place_quickly(np.asarray(image), 1, placement).shape == (56, 56, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from naive_geometry import placed_map
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -50,15 +51,6 @@ def enlarged(box_xywh: tuple[int, int, int, int], side: int) -> tuple[int, int, 
     return left, top, min(side - 1, int(x + width - 1 + width / 2)), min(side - 1, int(y + height - 1 + height / 2))
 
 
-def resized(mask: NDArray[np.bool_], p: geometry.Placement) -> NDArray[np.bool_]:
-    """bool[S, S]: Pillow's nearest neighbour of the whole mask, then the crop, the mirror and the padding."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    scaled = np.asarray(image.resize((p.width_px, p.height_px), Image.Resampling.NEAREST))
-    seen = scaled[p.y_px : p.y_px + p.side_px, p.x_px : p.x_px + p.side_px]
-    seen = seen[:, ::-1] if p.flip else seen
-    return np.pad(seen, ((0, p.side_px - seen.shape[0]), (0, p.side_px - seen.shape[1]))).astype(bool)
-
-
 # Pascal VOC: 500 x 375 px, 19 objects of 105 to 52,238 px that do not overlap
 
 
@@ -88,7 +80,7 @@ def voc_record(voc: tuple[bytes, NDArray[np.bool_]], as_rle: bool) -> Record:
 def test_a_photograph_is_seen_whole(voc: tuple[bytes, NDArray[np.bool_]], as_rle: bool) -> None:
     sample = whole_sample(voc_record(voc, as_rle), Labels("voc"), VIEW, CODEC)
     placement = geometry.fit(500, 375, VIEW.image_size_px)
-    assert_sample(sample, {str(i): resized(mask, placement) for i, mask in enumerate(voc[1])})
+    assert_sample(sample, {str(i): placed_map(mask, placement) for i, mask in enumerate(voc[1])})
     assert sample.num_vanished == 0
     size = (placement.width_px, placement.height_px)
     image = np.asarray(Image.open(io.BytesIO(voc[0])).resize(size, Image.Resampling.BICUBIC))
@@ -105,7 +97,7 @@ def test_a_crop_of_a_photograph_has_the_masks_that_survive_it(
     for seed in range(6):
         # The first crop is never in vain: the largest mask is a quarter of the picture.
         placement = geometry.draw(500, 375, VIEW.image_size_px, VIEW.scale, generator(seed))
-        placed = {str(i): resized(mask, placement) for i, mask in enumerate(voc[1])}
+        placed = {str(i): placed_map(mask, placement) for i, mask in enumerate(voc[1])}
         surviving = {mask_id: mask for mask_id, mask in placed.items() if mask.sum() > VIEW.min_mask_px}
         sample = draw_sample(record, Labels("voc"), VIEW, CODEC, len(placed), generator(seed))
         assert sample is not None

@@ -227,3 +227,14 @@ def test_too_few_images_for_the_readers(tmp_path, sizes):
     with pytest.raises(ValueError, match=r"'train' has 2 images for 3 readers.*num_workers"):
         next(stream(shards, 0, 0, Share(2, 3)))
     assert keys(shards, 1, Share(1, 2))
+
+
+def test_places_of_only_so_many_shards_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "MAX_TABLES", 2)
+    opened = []
+    read = stream_module.read_table
+    monkeypatch.setattr(stream_module, "read_table", lambda path: opened.append(path.name) or read(path))
+    shards = ShardSet(write_sizes(tmp_path / "shards", [1, 1, 1]), "train")
+    for shard in (0, 1, 0, 2, 1, 0):
+        assert shards.read(shard, 0).key == f"train-{shard}"
+    assert opened == [f"train-{shard:05d}.tar" for shard in (0, 1, 2, 0)]

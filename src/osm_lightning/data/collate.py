@@ -26,7 +26,7 @@ def collate(samples: Sequence[MaskSample], datasets: Sequence[str], modes: Seque
     repeats = torch.tensor(num_masks)
     dataset = torch.tensor([datasets.index(sample.dataset) for sample in samples])
     return MaskBatch(
-        images_I3SS=torch.stack([sample.image_3SS for sample in samples]),
+        images_I3SS=torch.stack([sample.image_3SS.permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2),
         image_index_M=torch.arange(len(samples)).repeat_interleave(repeats),
         coverage_MGG=torch.cat([sample.coverage_KGG for sample in samples]),
         context_box_px_M4=torch.cat([sample.context_box_px_K4 for sample in samples]),

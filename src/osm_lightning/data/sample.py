@@ -6,7 +6,7 @@ Whatever is random comes from the generator that is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from osm_lightning.batch import FREE_TEXT, MaskSample
 from osm_lightning.data import geometry
+from osm_lightning.data.coverage import Masks, Patches
 from osm_lightning.data.text import TextCodec
 from osm_lightning.instructions import MASK_QUESTIONS, TEST_QUESTION
 from osm_lightning.record import Record, Segment
@@ -70,11 +71,28 @@ class View:
     max_tries: int = 500
     """Crops that are tried before an image without a usable mask is given up (released rule)."""
 
+    @property
+    def grid_side(self) -> int:
+        """Patches on each side of the input (G)."""
+        return self.image_size_px // self.patch_size_px
+
+    def centre(self, record: Record, index: int, placement: geometry.Placement) -> Patches:
+        """What stands for a mask of which nothing is left: the one pixel at the centre of its box."""
+        left, top, width, height = record.segments[index].bbox_xywh_px
+        x = int((left + width / 2) * placement.width_px / record.width_px)
+        y = int((top + height / 2) * placement.height_px / record.height_px)
+        share = np.zeros((self.grid_side, self.grid_side), dtype=np.float16)
+        share[y // self.patch_size_px, x // self.patch_size_px] = 1 / self.patch_size_px**2
+        return Patches(share, (x, y, x, y), 1)
+
 
 def draw_sample(
     record: Record, labels: Labels, view: View, codec: TextCodec, num_masks: int, rng: np.random.Generator
 ) -> MaskSample | None:
     """Draws a training sample: a placement, up to `num_masks` of the masks that survive it, a question for each.
+
+    Masks are looked at in random order until there are enough: all that survive have the same chance, and the others of
+    the image cost nothing.
 
     Returns:
         The sample, or None where no crop leaves a usable mask.
@@ -87,17 +105,24 @@ def draw_sample(
         for i, segment in enumerate(record.segments)
         if labels.counts(segment) and labels.name(segment, record.key) is not None
     ]
-    pixels = _Pixels(record)
+    masks = Masks(record)
     for _ in range(view.max_tries if usable else 0):
         placement = geometry.draw(record.width_px, record.height_px, view.image_size_px, view.scale, rng)
-        pixels.place(placement)
-        surviving = [i for i in usable if pixels.area(i) > view.min_mask_px]
-        if surviving:
-            chosen = rng.permutation(surviving)[:num_masks].tolist()
-            questions = rng.integers(len(MASK_QUESTIONS), size=len(chosen))
-            asked = [MASK_QUESTIONS[q] for q in questions]
-            sample = _assemble(record, labels, view, codec, pixels, chosen, asked)
-            return sample.with_vanished(len(usable) - len(surviving))
+        masks.place(placement, view.patch_size_px)
+        seen: dict[int, Patches] = {}
+        vanished = 0
+        for index in rng.permutation(usable).tolist():
+            found = masks.patches(index)
+            if found is not None and found.area_px > view.min_mask_px:
+                seen[index] = found
+            else:
+                vanished += 1
+            if len(seen) == num_masks:
+                break
+        if seen:
+            asked = [MASK_QUESTIONS[q] for q in rng.integers(len(MASK_QUESTIONS), size=len(seen))]
+            image = geometry.place_quickly(*record.pixels(placement.reduction), placement)
+            return _assemble(record, labels, view, codec, image, seen, asked).with_vanished(vanished)
     return None
 
 
@@ -117,52 +142,17 @@ def whole_sample(
     Raises:
         ValueError: the record is broken, or a class is not in the vocabulary.
     """
-    pixels = _Pixels(record)
-    pixels.place(geometry.fit(record.width_px, record.height_px, view.image_size_px))
+    masks = Masks(record)
+    placement = geometry.fit(record.width_px, record.height_px, view.image_size_px)
+    masks.place(placement, view.patch_size_px)
     counted = [i for i, segment in enumerate(record.segments) if labels.counts(segment)]
-    present = [i for i in counted if keep_vanished or pixels.area(i) > 0]
-    sample = _assemble(record, labels, view, codec, pixels, present, [TEST_QUESTION] * len(present))
+    seen = {i: masks.patches(i) for i in counted}
+    if keep_vanished:
+        seen = {i: found or view.centre(record, i, placement) for i, found in seen.items()}
+    present = {i: found for i, found in seen.items() if found is not None}
+    image = geometry.place_image(record.image(), placement)
+    sample = _assemble(record, labels, view, codec, image, present, [TEST_QUESTION] * len(present))
     return sample.with_vanished(len(counted) - len(present))
-
-
-class _Pixels:
-    """A record's masks under a placement, decoded once and placed as often as crops are tried."""
-
-    placement: geometry.Placement
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self._map = record.segment_map()
-        self._masks: dict[int, NDArray[np.bool_]] = {}
-
-    def place(self, placement: geometry.Placement) -> None:
-        """Lays all masks on the input."""
-        self.placement = placement
-        if self._map is not None:
-            self._placed = geometry.place_map(self._map, placement)
-            self._areas = geometry.areas(self._placed, len(self.record.segments))
-
-    def area(self, index: int) -> int:
-        """Pixels of a segment on the input."""
-        return int(np.count_nonzero(self.mask(index))) if self._map is None else int(self._areas[index])
-
-    def mask(self, index: int) -> NDArray[np.bool_]:
-        """bool[S, S], a segment's pixels on the input."""
-        if self._map is not None:
-            return self._placed == index + 1
-        if index not in self._masks:
-            self._masks[index] = self.record.mask(index)
-        return geometry.place_map(self._masks[index], self.placement)
-
-    def mask_or_centre(self, index: int) -> NDArray[np.bool_]:
-        """The same; where nothing is left, the one pixel at the centre of the segment's box."""
-        mask = self.mask(index)
-        if not mask.any():
-            x, y, width, height = self.record.segments[index].bbox_xywh_px
-            across = self.placement.width_px / self.record.width_px
-            down = self.placement.height_px / self.record.height_px
-            mask[int((y + height / 2) * down), int((x + width / 2) * across)] = True
-        return mask
 
 
 def _assemble(
@@ -170,26 +160,22 @@ def _assemble(
     labels: Labels,
     view: View,
     codec: TextCodec,
-    pixels: _Pixels,
-    chosen: Sequence[int],
+    image_SS3: NDArray[np.uint8],
+    seen: Mapping[int, Patches],
     questions: Sequence[str],
 ) -> MaskSample:
-    side = view.image_size_px // view.patch_size_px
-    shares = np.empty((len(chosen), side, side), dtype=np.float16)
-    boxes = np.empty((len(chosen), 4), dtype=np.int32)
-    for row, index in enumerate(chosen):
-        mask = pixels.mask_or_centre(index)
-        shares[row] = geometry.coverage(mask, view.patch_size_px)
-        boxes[row] = geometry.context_box(geometry.tight_box(mask), view.image_size_px, view.context)
-    segments = [record.segments[index] for index in chosen]
+    segments = [record.segments[index] for index in seen]
     names = [labels.name(segment, record.key) for segment in segments]
     texts = [codec.encode(question, name) for question, name in zip(questions, names, strict=True)]
+    shares = [mask.coverage_GG for mask in seen.values()]
+    boxes = [geometry.context_box(mask.box, view.image_size_px, view.context) for mask in seen.values()]
+    grid = (view.grid_side, view.grid_side)
     return MaskSample(
         key=record.key,
         dataset=labels.dataset,
-        image_3SS=torch.from_numpy(geometry.place_image(record.image(), pixels.placement)),
-        coverage_KGG=torch.from_numpy(shares),
-        context_box_px_K4=torch.from_numpy(boxes),
+        image_3SS=torch.from_numpy(image_SS3).permute(2, 0, 1),
+        coverage_KGG=torch.from_numpy(np.array(shares, dtype=np.float16).reshape(-1, *grid)),
+        context_box_px_K4=torch.tensor(boxes, dtype=torch.int32).reshape(-1, 4),
         mask_ids=tuple(segment.id for segment in segments),
         class_ids=tuple(FREE_TEXT if segment.class_id is None else segment.class_id for segment in segments),
         text_ids=tuple(text.text_ids for text in texts),

@@ -22,6 +22,8 @@ from osm_lightning.shard_tar import Entry, read_classes, read_record, read_table
 
 SHARDS_AT_ONCE = 8
 """Shards whose samples are shuffled together."""
+MAX_TABLES = 4 * SHARDS_AT_ONCE
+"""Shards of which it is remembered where their samples lie."""
 
 
 @dataclass
@@ -108,6 +110,8 @@ class ShardSet:
                 raise ValueError(
                     f"{path} holds {len(table)} samples, but index.json says {num_samples}. Copy or build it again."
                 )
+            if len(self._samples) >= MAX_TABLES:
+                del self._samples[next(iter(self._samples))]
             self._samples[shard] = table
         return self._samples[shard]
 
