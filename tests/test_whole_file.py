@@ -42,8 +42,13 @@ def test_a_file_that_grows_is_seen_when_it_is_whole(tmp_path):
 def test_a_file_that_is_given_up_leaves_the_old_one(tmp_path):
     path = tmp_path / "lines"
     write_whole(path, "old")
-    with pytest.raises(KeyboardInterrupt), open_whole(path) as file:
-        file.write(b"one\n")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with open_whole(path) as file:
+            file.write(b"one\n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["lines"]
