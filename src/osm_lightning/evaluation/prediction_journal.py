@@ -75,7 +75,7 @@ class PredictionJournal:
         before = self._plan()
         if before != dict(plan):
             if named:
-                raise ValueError(self._other_plan(before, plan, len(named)))
+                raise ValueError(self._other_plan(before or {}, plan, len(named)))
             with self.on_disk():
                 write_whole(self.folder / PLAN, json.dumps(dict(plan), indent=1) + "\n")
         return Beginning(1 + max((_run_of(part) for part in self._parts()), default=0), named)
@@ -98,11 +98,11 @@ class PredictionJournal:
             "--out."
         )
 
-    def _plan(self) -> dict[str, str]:
+    def _plan(self) -> dict[str, str] | None:
         try:
             return dict(json.loads((self.folder / PLAN).read_bytes()))
         except (OSError, ValueError, TypeError):
-            return {}
+            return None
 
     def _other_plan(self, before: Plan, plan: Plan, num_named: int) -> str:
         changed = "; ".join(
