@@ -148,14 +148,20 @@ class PredictionJournal:
                         yield Place(part, offset), json.loads(line if line.endswith(b"\n") else b"")
                     offset += len(line)
 
-    def close(self) -> None:
-        """Gives the folder free for another run; without any line in it, nothing is left of it."""
+    def close(self) -> bool:
+        """Gives the folder free for another run; without any line in it, nothing is left of it.
+
+        Returns:
+            Whether there is something for another run to go on behind; False where this process didn't begin.
+        """
         if self._lock is None:
-            return
-        if not any(part.stat().st_size for part in self._parts()):
+            return False
+        kept = any(part.stat().st_size for part in self._parts())
+        if not kept:
             self.remove()
         self._lock.close()
         self._lock = None
+        return kept
 
     def remove(self) -> None:
         """Removes the journal, and the output folder if that was made for nothing."""

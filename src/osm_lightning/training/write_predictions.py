@@ -120,9 +120,12 @@ class WritePredictions(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves what is named to the next run, or nothing where there is nothing."""
+        begun = self._part is not None
         if self._part is not None:
             self._part.close()
-        self.journal.close()
+            self._part = None
+        if self.journal.close() and begun:
+            print(f"Kept what is named, in {self.journal.folder}: the same command goes on behind it.", flush=True)
 
 
 def on_rank_zero(trainer: Trainer, function: Callable[[], ResultT]) -> ResultT:
