@@ -127,11 +127,11 @@ def test_rank_that_outlives_the_first_one_keeps_others_out(
     first = Prediction(photos, out, ranks=2, slow_s=0.2)
     assert first.wait_for_images(2)
     os.kill(first.processes[1].pid or 0, signal.SIGSTOP)  # else it might be through before the next run has begun
-    first.processes[0].kill()
+    os.killpg(first.processes[0].pid or 0, signal.SIGKILL)
     first.processes[0].join()
     assert Prediction(photos, out).wait() == [2]
     assert f"another `osm predict` writes to {out}" in said(out).read_text()
-    first.processes[1].kill()
+    os.killpg(first.processes[1].pid or 0, signal.SIGKILL)
     first.processes[1].join()
     finish(photos, out)
     assert files(out) == whole
