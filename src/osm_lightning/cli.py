@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.data.module import OSMData
+from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.shard_folder import is_url, open_folder
@@ -29,12 +31,12 @@ from osm_lightning.shard_index import INDEX_FILE
 from osm_lightning.training.callbacks import (
     KeepConfig,
     Throughput,
-    WritePredictions,
     WriteScores,
     checkpoints,
     set_aside,
 )
 from osm_lightning.training.task import OSMTask
+from osm_lightning.training.write_predictions import WritePredictions, naming_plan
 from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
 from osm_lightning.weights.registry import fetch_command
 
@@ -138,14 +140,15 @@ class OSMCLI(LightningCLI):
         for mode in options.modes:
             mode_index(mode, mode_names(options.model.modes))
         self.segments = read_segments(options.images, options.masks)
-        self.segments.check()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Adds loggers, checkpoints and callbacks that every run has."""
         if self.subcommand == "predict":
             kwargs |= {"logger": False}
             trainer = super().instantiate_trainer(**kwargs)
-            trainer.callbacks.append(WritePredictions(self.segments, self.options.out))
+            plan = partial(naming_plan, self.segments, self.options)
+            self.writing = WritePredictions(self.segments, PredictionJournal(self.options.out), plan)
+            trainer.callbacks.append(self.writing)
             return trainer
         self.run_folder = Path(self.options.run or default_run())
         given = self.config_init[self.subcommand].trainer
@@ -184,12 +187,15 @@ class OSMCLI(LightningCLI):
         return kwargs
 
     def before_predict(self) -> None:
-        """Hands masks and modes over."""
-        self.datamodule.predicted = self.segments
+        """Hands the modes over."""
         self.model.named_modes = self.options.modes
 
     def after_predict(self) -> None:
         """Says where the names are."""
+        num_named, num_images = self.writing.num_named, len(self.segments)
+        if num_named < num_images:
+            print(f"named {num_named} of {num_images} images; the same command without limits names the rest.")
+            return
         skipped = self.segments.num_images_without_masks
         note = f" ({skipped} images without masks were skipped)" if skipped else ""
         print(f"named the masks of {len(self.segments)} images{note}: {self.options.out}/predictions.jsonl, overlay/")

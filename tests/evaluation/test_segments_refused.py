@@ -168,7 +168,7 @@ def test_panoptic_without_its_folder(tmp_path: Path, images: Path) -> None:
         read_segments(images, save(tmp_path / "p.json", data | {"annotations": data["annotations"] * 2}))
 
 
-# Pixels: `check` says it of all images, reading one says it of that one
+# Pixels: `problems` says it of all images, reading one says it of that one
 
 
 def assert_unusable(images: Path, masks: Path, message: str) -> None:
@@ -176,7 +176,7 @@ def assert_unusable(images: Path, masks: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         source[0]
     with pytest.raises(ValueError, match="1 of 1 images and their masks cannot be used:\n" + message):
-        source.check()
+        source.refuse(source.problems(range(len(source))))
 
 
 @pytest.mark.parametrize(
@@ -255,14 +255,16 @@ def test_binary_png_that_does_not_fit(tmp_path: Path, images: Path) -> None:
     assert_unusable(images, tmp_path / "masks", r"a\.jpg: .*/a/m\.png cannot be decoded as a PNG")
 
 
-def test_check_counts_all_and_shows_five(tmp_path: Path, images: Path) -> None:
+def test_refusal_counts_all_and_shows_five(tmp_path: Path, images: Path) -> None:
     for index in range(7):
         save(tmp_path / f"masks/b{index}.json", [{"segmentation": EMPTY_RLE}])
         Image.new("RGB", (WIDTH, HEIGHT)).save(images / f"b{index}.jpg")
     save(tmp_path / "masks/a.json", [{"segmentation": RLE}])
     (images / "b6.jpg").write_bytes(b"no image")
+    source = read_segments(images, tmp_path / "masks")
+    problems = [*source.problems([0, 1]), *source.problems(range(2, len(source)))]
     with pytest.raises(ValueError, match="7 of 8 images") as caught:
-        read_segments(images, tmp_path / "masks").check()
+        source.refuse(problems)
     assert re.findall(r"^b\d\.jpg", str(caught.value), flags=re.MULTILINE) == [f"b{index}.jpg" for index in range(5)]
 
 

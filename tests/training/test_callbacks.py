@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
-from PIL import Image
 from tiny_training import scenes_data, tiny_task, trainer
 
-from osm_lightning.batch import Answer, NamedMask
 from osm_lightning.evaluation.naming import ScoreRow
-from osm_lightning.evaluation.segments import read_segments
-from osm_lightning.training.callbacks import Throughput, WritePredictions, WriteScores, set_aside
+from osm_lightning.training.callbacks import Throughput, WriteScores, set_aside
 
 
 def logged(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -125,53 +122,3 @@ def test_scores_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_scores_of_a_trial_run_are_not_kept(tmp_path: Path, state: dict[str, bool]) -> None:
     WriteScores(tmp_path).on_validation_end(score_trainer(**state), SimpleNamespace(score_rows=[ROW]))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-
-
-# Predictions
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Any:
-    """Two grey images with one mask each."""
-    for stem in ("a", "b"):
-        (tmp_path / "masks" / stem).mkdir(parents=True)
-        Image.new("RGB", (8, 6), "grey").save(tmp_path / f"{stem}.png")
-        Image.new("L", (8, 6), 255).save(tmp_path / "masks" / stem / "1.png")
-    return read_segments(tmp_path, tmp_path / "masks")
-
-
-def predicted(callback: WritePredictions, key: str) -> None:
-    named = [NamedMask(key, "1", {"agnostic": Answer("cat", (5,), -0.1, 0.0)})]
-    batch: Any = SimpleNamespace(keys=(key,))
-    callback.on_predict_batch_end(ONE, ONE, named, batch, 0)
-
-
-ONE: Any = SimpleNamespace(world_size=1)
-
-
-def test_predictions_appear_when_all_are_there(tmp_path: Path, source: Any) -> None:
-    out = tmp_path / "out"
-    callback = WritePredictions(source, out)
-    callback.on_predict_start(ONE, ONE)
-    predicted(callback, "a")
-    assert not (out / "predictions.jsonl").exists()
-    predicted(callback, "b")
-    callback.on_predict_end(ONE, ONE)
-    assert len((out / "predictions.jsonl").read_text().splitlines()) == 2
-
-
-def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, source: Any) -> None:
-    callback = WritePredictions(source, tmp_path / "out")
-    callback.on_predict_start(ONE, ONE)
-    predicted(callback, "a")
-    callback.on_exception(ONE, ONE, RuntimeError("out of memory"))
-    assert not (tmp_path / "out").exists()
-    callback.on_exception(ONE, ONE, RuntimeError("again"))  # as Lightning may, while it goes down
-
-
-def test_several_processes_are_refused_before_anything_is_written(tmp_path: Path, source: Any) -> None:
-    callback = WritePredictions(source, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"runs in one process, .* is 2\. Set --trainer\.devices 1"):
-        callback.on_predict_start(SimpleNamespace(world_size=2), ONE)  # type: ignore[arg-type]
-    callback.on_exception(ONE, ONE, RuntimeError())
-    assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
 """Writes names to disk: a line per mask for programs, a COCO JSON for labelling tools, a picture per image for eyes.
 
-Nothing is seen under its final name before everything is written: the files grow in a hidden folder inside the output
-folder and are moved when all went well. Files of an earlier run are replaced then, and left alone otherwise.
+What an image gives goes into the journal (`prediction_journal.py`) as soon as it is named; when all images are in it,
+`publish` makes the files of it. Nothing is seen under its final name before that. Files of an earlier run are replaced
+then, and left alone otherwise. Memory holds one image at a time, and a place per image.
 """
 
 from __future__ import annotations
@@ -9,154 +10,183 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, BinaryIO
 
 from osm_lightning.batch import Answer, NamedMask
 from osm_lightning.evaluation.overlay import draw_overlay
+from osm_lightning.evaluation.prediction_journal import JournalPart, Place, PredictionJournal, dump
 from osm_lightning.record import Record
 from osm_lightning.rle import encode_rle
+from osm_lightning.whole_file import open_whole
 
 LINES = "predictions.jsonl"
 COCO = "predictions.coco.json"
 OVERLAYS = "overlay"
 
+MOST_OPEN = 256
+"""Parts of the journal that are open at once: fewer than the 1024 files that a process may usually open."""
 
-class PredictionWriter:
-    """Context manager: `write` once per image; a clean exit puts the files into `out`, an exception leaves none.
+Row = dict[str, Any]
+"""What the journal holds of an image: key, file_name, width, height, and its masks, each with its names."""
+
+
+def write_image(part: JournalPart, record: Record, named: Sequence[NamedMask]) -> None:
+    """Draws one image's names, and puts them into the journal; they count once the part is committed.
+
+    Args:
+        part: of this process.
+        record: the image; every image once.
+        named: its masks, with an answer in every mode; the modes stand in one order throughout.
+
+    Raises:
+        ValueError: the image cannot be decoded, a probability is not a number, or the disk is full.
+    """
+    index_of = {segment.id: index for index, segment in enumerate(record.segments)}
+    indices = [index_of[mask.mask_id] for mask in named]
+    segment_map = record.segment_map()
+    masks = []
+    for index, mask in zip(indices, named, strict=True):
+        _refuse_nan(mask)
+        segment = record.segments[index]
+        masks.append(
+            {
+                "mask_id": segment.id,
+                "bbox_xywh_px": segment.bbox_xywh_px,
+                "area_px": segment.area_px,
+                "counts": segment.rle or encode_rle(record.mask(index, segment_map)),
+                "names": {mode: _answer_row(answer) for mode, answer in mask.answers.items()},
+            }
+        )
+    names = [_first(mask.answers).name for mask in named]
+    picture = draw_overlay(record.image(), (record.mask(index, segment_map) for index in indices), names)
+    # In the hidden folder, and therefore under its own name: without a line in the journal it is drawn again.
+    with part.journal.on_disk(), (part.journal.pictures / f"{record.key}.png").open("wb") as file:
+        picture.save(file, format="PNG")
+        file.flush()
+        os.fsync(file.fileno())
+    file_name = str(record.source.get("file_name", record.key))
+    facts = {"key": record.key, "file_name": file_name, "width": record.width_px, "height": record.height_px}
+    part.append({**facts, "masks": masks})
+
+
+def publish(journal: PredictionJournal, keys: Sequence[str]) -> int:
+    """Makes the files of the journal and removes it, once it holds all images.
 
     `predictions.jsonl` has one object per mask: image, mask_id, bbox_xywh_px, area_px, and names by mode.
     `predictions.coco.json` has one category per distinct name of the first mode, sorted; an annotation's `score` is
     that name's probability, its `attributes` are the mask's id and its name in every mode.
     `overlay/<key>.png` shows the names of the first mode.
+
+    Stopped anywhere, it can be done again.
+
+    Args:
+        journal: nobody writes to it any more.
+        keys: all images, in the order in which they are to stand in the files.
+
+    Returns:
+        How many images the journal holds; with fewer than all, nothing was done.
+
+    Raises:
+        ValueError: the disk is full.
     """
+    places: dict[str, Place] = {}
+    names: set[str] = set()
+    for place, row in journal.rows():
+        if places.setdefault(row["key"], place) is place:
+            names.update(_first(mask["names"])["name"] for mask in row["masks"])
+    order = [places[key] for key in keys if key in places]
+    if len(order) < len(keys):
+        return len(order)
+    with journal.on_disk():
+        # The lines take their name last, so that whoever sees new ones sees all that belongs to them.
+        with open_whole(journal.out / LINES) as lines, open_whole(journal.out / COCO) as coco:
+            for row in _read(order):
+                lines.writelines(dump(line) + b"\n" for line in _lines(row))
+            _write_coco(coco, order, sorted(names))
+            _move_pictures(journal, keys)
+        journal.remove()
+    return len(order)
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self._images: dict[str, dict[str, Any]] = {}
-        self._annotations: list[dict[str, Any]] = []
-        self._names: list[str] = []
 
-    def __enter__(self) -> Self:
-        """Makes the output folder.
+def _read(order: Iterable[Place]) -> Iterator[Row]:
+    """The rows at some places, in their order."""
+    files: dict[Path, BinaryIO] = {}
+    with ExitStack() as stack:
+        for place in order:
+            if place.part not in files:
+                if len(files) == MOST_OPEN:
+                    stack.close()
+                    files.clear()
+                files[place.part] = stack.enter_context(place.part.open("rb"))
+            files[place.part].seek(place.offset)
+            yield json.loads(files[place.part].readline())
 
-        Raises:
-            ValueError: it cannot be made or written to.
-        """
-        self._made_out = not self.out.exists()
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._staging = Path(tempfile.mkdtemp(prefix=".predictions-", dir=self.out))
-        except OSError as error:
-            raise ValueError(f"out: {self.out} is no folder to write to ({error}). Give another.") from error
-        (self._staging / OVERLAYS).mkdir()
-        self._lines = (self._staging / LINES).open("w", encoding="utf-8")
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Moves the files to their names, or removes them where something went wrong."""
-        try:
-            with self._lines:
-                _sync(self._lines)
-            if kind is None:
-                with (self._staging / COCO).open("w", encoding="utf-8") as file:
-                    file.write(_dump(self._coco()))
-                    _sync(file)
-                self._publish()
-        finally:
-            shutil.rmtree(self._staging)
-            if self._made_out and not any(self.out.iterdir()):
-                self.out.rmdir()
+def _lines(row: Row) -> Iterator[dict[str, Any]]:
+    for mask in row["masks"]:
+        facts = {fact: mask[fact] for fact in ("mask_id", "bbox_xywh_px", "area_px", "names")}
+        yield {"image": row["file_name"], **facts}
 
-    def write(self, record: Record, named: Sequence[NamedMask]) -> None:
-        """Takes one image's masks and their names.
 
-        Args:
-            record: the image; every image once.
-            named: its masks, with an answer in every mode; the modes stand in one order throughout.
+def _write_coco(file: BinaryIO, order: Sequence[Place], names: Sequence[str]) -> None:
+    category_of = {name: place for place, name in enumerate(names, start=1)}
+    categories = ({"id": place, "name": name} for name, place in category_of.items())
+    lists = {"images": _images(order), "categories": categories, "annotations": _annotations(order, category_of)}
+    for before, (title, entries) in zip((b"{", b", ", b", "), lists.items(), strict=True):
+        file.write(before + dump(title) + b": [")
+        for number, entry in enumerate(entries):
+            file.write((b", " if number else b"") + dump(entry))
+        file.write(b"]")
+    file.write(b"}")
 
-        Raises:
-            ValueError: the image cannot be decoded, or a probability is not a number.
-        """
-        assert record.key not in self._images, f"{record.key} is written twice"
-        image = {
-            "id": len(self._images) + 1,
-            "file_name": str(record.source.get("file_name", record.key)),
-            "width": record.width_px,
-            "height": record.height_px,
-        }
-        self._images[record.key] = image
-        index_of = {segment.id: index for index, segment in enumerate(record.segments)}
-        indices = [index_of[mask.mask_id] for mask in named]
-        segment_map = record.segment_map()
-        for index, mask in zip(indices, named, strict=True):
-            _refuse_nan(mask)
-            segment = record.segments[index]
-            facts = {"bbox_xywh_px": segment.bbox_xywh_px, "area_px": segment.area_px}
-            line = {"image": image["file_name"], "mask_id": segment.id, **facts, "names": _names_row(mask.answers)}
-            self._lines.write(_dump(line) + "\n")
-            counts = segment.rle or encode_rle(record.mask(index, segment_map))
-            annotation = {
-                "id": len(self._annotations) + 1,
-                "image_id": image["id"],
-                "segmentation": {"size": [record.height_px, record.width_px], "counts": counts},
-                "bbox": segment.bbox_xywh_px,
-                "area": segment.area_px,
+
+def _images(order: Sequence[Place]) -> Iterator[dict[str, Any]]:
+    for image_id, row in enumerate(_read(order), start=1):
+        yield {"id": image_id, **{fact: row[fact] for fact in ("file_name", "width", "height")}}
+
+
+def _annotations(order: Sequence[Place], category_of: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    annotation_id = 0
+    for image_id, row in enumerate(_read(order), start=1):
+        for mask in row["masks"]:
+            annotation_id += 1
+            first = _first(mask["names"])
+            names = {f"name_{mode}": answer["name"] for mode, answer in mask["names"].items()}
+            yield {
+                "id": annotation_id,
+                "image_id": image_id,
+                "segmentation": {"size": [row["height"], row["width"]], "counts": mask["counts"]},
+                "bbox": mask["bbox_xywh_px"],
+                "area": mask["area_px"],
                 "iscrowd": 0,
+                "score": math.exp(first["logprob"]),
+                "attributes": {"mask_id": mask["mask_id"], **names},
+                "category_id": category_of[first["name"]],
             }
-            self._annotations.append(annotation | _judgement(mask))
-        names = [_first(mask.answers).name for mask in named]
-        self._names += names
-        picture = draw_overlay(record.image(), (record.mask(index, segment_map) for index in indices), names)
-        with (self._staging / OVERLAYS / f"{record.key}.png").open("wb") as file:
-            picture.save(file, format="PNG")
-            _sync(file)
-
-    def _coco(self) -> dict[str, Any]:
-        category_of = {name: place for place, name in enumerate(sorted(set(self._names)), start=1)}
-        return {
-            "images": list(self._images.values()),
-            "categories": [{"id": place, "name": name} for name, place in category_of.items()],
-            "annotations": [
-                annotation | {"category_id": category_of[name]}
-                for annotation, name in zip(self._annotations, self._names, strict=True)
-            ],
-        }
-
-    def _publish(self) -> None:
-        """Moves all files into place; the lines last, so that whoever sees new ones sees all that belongs to them."""
-        (self.out / OVERLAYS).mkdir(exist_ok=True)
-        for picture in sorted((self._staging / OVERLAYS).iterdir()):
-            picture.replace(self.out / OVERLAYS / picture.name)
-        for name in (COCO, LINES):
-            (self._staging / name).replace(self.out / name)
 
 
-def _first(answers: Mapping[str, Answer]) -> Answer:
-    return next(iter(answers.values()))
+def _move_pictures(journal: PredictionJournal, keys: Iterable[str]) -> None:
+    folder = journal.out / OVERLAYS
+    folder.mkdir(exist_ok=True)
+    for key in keys:
+        with suppress(FileNotFoundError):  # moved before a kill
+            (journal.pictures / f"{key}.png").replace(folder / f"{key}.png")
 
 
-def _names_row(answers: Mapping[str, Answer]) -> dict[str, dict[str, Any]]:
+def _answer_row(answer: Answer) -> dict[str, Any]:
     return {
-        mode: {
-            "name": answer.name,
-            "token_ids": answer.token_ids,
-            "logprob": answer.logprob,
-            "logprob_no_eos": answer.logprob_no_eos,
-        }
-        for mode, answer in answers.items()
+        "name": answer.name,
+        "token_ids": answer.token_ids,
+        "logprob": answer.logprob,
+        "logprob_no_eos": answer.logprob_no_eos,
     }
 
 
-def _judgement(mask: NamedMask) -> dict[str, Any]:
-    names = {f"name_{mode}": answer.name for mode, answer in mask.answers.items()}
-    return {"score": math.exp(_first(mask.answers).logprob), "attributes": {"mask_id": mask.mask_id, **names}}
+def _first(by_mode: Mapping[str, Any]) -> Any:
+    return next(iter(by_mode.values()))
 
 
 def _refuse_nan(mask: NamedMask) -> None:
@@ -166,13 +196,3 @@ def _refuse_nan(mask: NamedMask) -> None:
                 f"image {mask.image}, mask {mask.mask_id}, mode {mode}: the log probability of {answer.name!r} is "
                 f"{answer.logprob} ({answer.logprob_no_eos} without EOS), which is no number. Use a higher precision."
             )
-
-
-def _dump(value: object) -> str:
-    # ASCII: file names may hold bytes that are no UTF-8, generated names line separators that would break a line.
-    return json.dumps(value, ensure_ascii=True, allow_nan=False)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

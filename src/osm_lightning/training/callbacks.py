@@ -1,4 +1,4 @@
-"""One callback per concern: throughput, the resolved config, scores on disk, predictions on disk."""
+"""One callback per concern: throughput, the resolved config, scores on disk. Predictions have a file of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,10 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-from osm_lightning.batch import MaskBatch, NamedMask
+from osm_lightning.batch import MaskBatch
 from osm_lightning.evaluation.naming import format_scores
-from osm_lightning.evaluation.predictions import PredictionWriter
-from osm_lightning.evaluation.segments import SegmentSource
 from osm_lightning.training.task import OSMTask
 from osm_lightning.whole_file import write_whole
 
@@ -150,58 +147,3 @@ class WriteScores(Callback):
         write_whole(self.path, json.dumps(content, indent=1) + "\n")
 
     on_test_end = on_validation_end
-
-
-class WritePredictions(Callback):
-    """Hands every image's names to the writer, in the order of the images."""
-
-    def __init__(self, source: SegmentSource, out: Path) -> None:
-        self.source, self.writer = source, PredictionWriter(out)
-        self._written = 0
-        self._open = False
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the output.
-
-        Raises:
-            ValueError: there are several processes; each would write the same files.
-        """
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"osm predict runs in one process, but trainer.devices x num_nodes is {trainer.world_size}. Set "
-                "--trainer.devices 1."
-            )
-        self.writer.__enter__()
-        self._open = True
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: MaskBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Writes the images of a batch."""
-        named: list[NamedMask] = outputs
-        for key in batch.keys:
-            record = self.source[self._written]
-            assert record.key == key, f"{record.key} was expected, {key} came"
-            self.writer.write(record, [mask for mask in named if mask.image == key])
-            self._written += 1
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the files into place."""
-        self._close(None, None, None)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes what was begun."""
-        self._close(type(exception), exception, exception.__traceback__)
-
-    def _close(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._open:
-            self._open = False
-            self.writer.__exit__(kind, error, trace)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from osm_lightning.evaluation.segments.layouts import find_masks
@@ -19,6 +22,8 @@ class SegmentSource:
 
     entries: tuple[tuple[Path, ImageMasks], ...]
     num_images_without_masks: int
+    masks: Path
+    """Where all masks were looked for: a JSON file or a folder."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -42,21 +47,47 @@ class SegmentSource:
             source={"file_name": path.name},
         )
 
-    def check(self) -> None:
-        """Reads everything once, so that bad input is known before hours are spent on the good.
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the records, in their order."""
+        return tuple(path.stem for path, _ in self.entries)
 
-        Raises:
-            ValueError: some images cannot be used; says how many and why, for up to five.
+    def problems(self, indices: Iterable[int]) -> list[str]:
+        """Reads images and their masks, so that bad input is known before hours are spent on the good.
+
+        Returns:
+            What is wrong with those that cannot be used, one message each.
         """
-        problems = []
-        for index in range(len(self)):
+        found = []
+        for index in indices:
             try:
                 self._read(index)
             except ValueError as error:
-                problems.append(str(error))
+                found.append(str(error))
+        return found
+
+    def refuse(self, problems: Sequence[str]) -> None:
+        """Raises if there are problems.
+
+        Raises:
+            ValueError: says how many images cannot be used and why, for up to five.
+        """
         if problems:
             shown = "\n".join(problems[:5])
             raise ValueError(f"{len(problems)} of {len(self)} images and their masks cannot be used:\n{shown}")
+
+    def fingerprint(self) -> str:
+        """Changes with the name, size or time of any file that images or masks are read from. Opens none of them.
+
+        Raises:
+            OSError: one is gone.
+        """
+        digest = hashlib.sha256()
+        tables = [self.masks] if self.masks.is_file() else []
+        for path in chain(tables, *((path, *masks.files) for path, masks in self.entries)):
+            facts = path.stat()
+            digest.update(f"{path.name!a} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:16]
 
     def _read(self, index: int) -> tuple[bytes, tuple[int, int], Masks]:
         path, masks = self.entries[index]
@@ -86,6 +117,7 @@ def read_segments(images: Path, masks: Path) -> SegmentSource:
     return SegmentSource(
         entries=tuple((by_stem[stem], found[stem]) for stem in sorted(found)),
         num_images_without_masks=len(by_stem) - len(found),
+        masks=masks,
     )
 
 

@@ -27,6 +27,10 @@ Masks = tuple[tuple[Segment, ...], NDArray[np.uint16] | None]
 class ImageMasks(Protocol):
     """The masks of one image, still on disk or still encoded."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold their pixels."""
+
     def read(self, height_px: int, width_px: int) -> Masks:
         """Reads and checks all masks.
 
@@ -48,6 +52,11 @@ class AnnotatedMasks:
     """Id and COCO segmentation of each mask."""
     size_px: tuple[int, int] | None = None
     """Height and width that the file's table of images states."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See ImageMasks."""
+        return (self.path,)
 
     def read(self, height_px: int, width_px: int) -> Masks:
         """See ImageMasks."""
@@ -79,6 +88,11 @@ class PanopticMasks:
     ids: tuple[int, ...]
     """Segment ids, in the order of the JSON."""
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See ImageMasks."""
+        return (self.png,)
+
     def read(self, height_px: int, width_px: int) -> Masks:
         """See ImageMasks. Pixels of id 0 belong to no segment, unless the JSON lists one of that id."""
         mode, pixels = _read_png(self.png, height_px, width_px)
@@ -109,6 +123,11 @@ class BinaryMasks:
     """One PNG file per mask."""
 
     pngs: tuple[Path, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """See ImageMasks."""
+        return self.pngs
 
     def read(self, height_px: int, width_px: int) -> Masks:
         """See ImageMasks."""
