@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.data.module import OSMData
@@ -34,6 +36,7 @@ from osm_lightning.training.callbacks import (
     checkpoints,
     set_aside,
 )
+from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
 from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
 from osm_lightning.weights.registry import fetch_command
@@ -99,7 +102,8 @@ class OSMCLI(LightningCLI):
             "--ckpt",
             type=str | None,
             default=None,
-            help="checkpoint to go on from (with optimizer and step), or `last`"
+            help="checkpoint to go on from (with optimizer and step), or `last`; `auto` goes on from this run's own last "
+            "one, or starts if there is none"
             if resume
             else "checkpoint whose trained parts and config are used: a .ckpt file, an exported folder, or `last`",
         )
@@ -161,9 +165,19 @@ class OSMCLI(LightningCLI):
             trainer.callbacks.append(Throughput())
             if trainer.loggers:
                 trainer.callbacks.append(LearningRateMonitor("step"))
+            if not trainer.fast_dev_run:
+                self._save_when_interrupted(trainer)
         # Lightning wants checkpoint callbacks last.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         return trainer
+
+    def _save_when_interrupted(self, trainer: Trainer) -> None:
+        environment = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # Lightning's own saves within the signal's handler
+        interrupt = Interrupt(self.run_folder / "checkpoints" / "last.ckpt")
+        interrupt.listen()
+        trainer.callbacks.append(interrupt)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         own = config.get("callbacks") or []
@@ -265,6 +279,11 @@ def with_checkpoint(argv: list[str]) -> list[str]:
             path, length = word.removeprefix("--ckpt="), 1
         else:
             continue
+        if path == "auto":
+            own = own_checkpoint(rest)
+            if own is None:
+                return [command, *rest[:place], *rest[place + length :]]
+            path = own
         path = str(find_checkpoint(path))
         checkpoint = read_checkpoint(path)
         if command == "fit" and Path(path).is_dir():
@@ -277,6 +296,17 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         weights = ["--model.weights", "null" if command == "fit" else path]
         return [command, "--config", config, *rest, *weights]
     return argv
+
+
+def own_checkpoint(words: list[str]) -> str | None:
+    """The last checkpoint in the folder of the run that the words are about, where there is one."""
+    given = [word.removeprefix("--run=") for word in words if word.startswith("--run=")]
+    given += [value for option, value in pairwise(words) if option == "--run"]
+    run = Path(given[-1] if given else default_run())
+    try:
+        return str(find_checkpoint("last", run))
+    except ValueError:
+        return None
 
 
 def main(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import scenes_data, tiny_task, trainer
 
 from osm_lightning.batch import MaskBatch
+from osm_lightning.training.interrupt import Interrupt
 
 
 class Diary(Callback):
@@ -45,10 +46,20 @@ def digest(batch: MaskBatch) -> str:
     return sha.hexdigest()
 
 
-def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None:
+def fit(
+    folder: Path, num_workers: int, ranks: int = 1, steps: int = 12, interruptible: bool = False, **settings: Any
+) -> None:
     """Fits for two epochs, from the folder's last.ckpt where there is one; saves every second step.
 
     One of several ranks finds its own number and the others' address in the environment.
+
+    Args:
+        folder: where all is written.
+        num_workers: processes that prepare batches.
+        ranks: processes that train.
+        steps: batches of an epoch.
+        interruptible: save when a signal comes, instead of every second step.
+        settings: the trainer's.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -58,7 +69,12 @@ def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None
         {"every_n_train_steps": 2},
         {"every_n_epochs": 1, "save_on_train_epoch_end": True},
     )
-    saving = [ModelCheckpoint(folder, filename="last", enable_version_counter=False, **when) for when in moments]
+    saving: list[Callback] = [
+        ModelCheckpoint(folder, filename="last", enable_version_counter=False, **when) for when in moments
+    ]
+    if interruptible:
+        saving = [Interrupt(folder / "last.ckpt"), *saving[1:]]
+        saving[0].listen()
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     loop = trainer(
         folder,
@@ -68,9 +84,12 @@ def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None
         enable_checkpointing=True,
         use_distributed_sampler=False,
         callbacks=[Diary(diary_path(folder, rank)), *saving],
+        **settings,
     )
     path = folder / "last.ckpt"
     loop.fit(task, datamodule=data, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+    if rank == 0:
+        torch.save(dict(task.osm.trained()), folder / "trained.pt")
 
 
 def diary_path(folder: Path, rank: int = 0) -> Path:
