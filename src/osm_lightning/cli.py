@@ -36,8 +36,11 @@ from osm_lightning.training.callbacks import (
     checkpoints,
     set_aside,
 )
+from osm_lightning.training.cluster import check_port, check_tasks, label_messages
+from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
+from osm_lightning.training.watch import WatchRanks
 from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
 from osm_lightning.weights.registry import fetch_command
 
@@ -102,8 +105,8 @@ class OSMCLI(LightningCLI):
             "--ckpt",
             type=str | None,
             default=None,
-            help="checkpoint to go on from (with optimizer and step), or `last`; `auto` goes on from this run's own last "
-            "one, or starts if there is none"
+            help="checkpoint to go on from (with optimizer and step), or `last`; `auto`: the last one in this run's "
+            "folder, or a start where there is none"
             if resume
             else "checkpoint whose trained parts and config are used: a .ckpt file, an exported folder, or `last`",
         )
@@ -128,6 +131,7 @@ class OSMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses what cannot work, before torch builds anything."""
         self.options = self.config[self.subcommand]
+        check_tasks(self.options.trainer)
         if self.subcommand == "predict":
             self._check_prediction()
         missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
@@ -162,7 +166,8 @@ class OSMCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(WriteScores(self.run_folder))
         if self.subcommand == "fit":
-            trainer.callbacks.append(Throughput())
+            optim = self.options.model.optim
+            trainer.callbacks += [Throughput(), GradientGuard(optim.max_skipped_in_row, optim.spike_factor)]
             if trainer.loggers:
                 trainer.callbacks.append(LearningRateMonitor("step"))
             if not trainer.fast_dev_run:
@@ -184,7 +189,9 @@ class OSMCLI(LightningCLI):
         if self.subcommand == "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in own):
             folder = self.run_folder / "checkpoints"
             callbacks = [*callbacks, *checkpoints(folder)]
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
+        check_port(trainer)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -316,24 +323,31 @@ def main(argv: list[str]) -> None:
         ValueError: what the user can mend.
     """
     quiet_loading()
+    label_messages()
     # Hints that do not apply: batches are made whole in the workers, and the machine's cores are the user's choice.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
     warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # It is: OSMData keeps the place.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # The frozen parts are to be in eval.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    OSMCLI(
-        OSMTask,
-        OSMData,
-        save_config_callback=KeepConfig,
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"prog": "osm"},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        args=with_checkpoint(argv),
-    )
+    try:
+        OSMCLI(
+            OSMTask,
+            OSMData,
+            save_config_callback=KeepConfig,
+            seed_everything_default=0,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": "osm"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=with_checkpoint(argv),
+        )
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
+            raise stopped.__context__ from None
+        raise

@@ -59,9 +59,10 @@ class Interrupt(Callback):
         self._process = os.getpid()
 
     def listen(self) -> None:
-        """Takes the signals over."""
+        """Takes the signals over, with one that has waited since the command began (`__main__.py`)."""
         for stop in STOPS:
             signal.signal(stop, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker inherits this handler, and gets what its job gets
@@ -87,7 +88,7 @@ class Interrupt(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
     ) -> None:
-        """Stops after an optimizer step. The last one of an epoch waits for what belongs to it: validation, or its end."""
+        """Stops after an optimizer step; the last one of an epoch waits for its validation, or its end."""
         accumulates = trainer.global_step == self._step
         self._step = trainer.global_step
         ends = trainer.is_last_batch or trainer.global_step == trainer.max_steps
@@ -123,9 +124,7 @@ class Interrupt(Callback):
         if trainer.fit_loop.epoch_progress.current.processed != trainer.max_epochs:
             self._stop_if_asked(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Marks a checkpoint that is written before a validation as one from which to validate.
 
         Lightning goes back into a validation only from a checkpoint that was written within one of its batches.
