@@ -64,8 +64,8 @@ def test_a_loss_that_is_no_number_changes_neither_weights_nor_optimizer(tmp_path
     assert not same(four, five)
     assert all(torch.isfinite(tensor).all() for tensor in five)
     assert logged(tmp_path, "train/skipped_steps") == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 1)]
-    assert [step for step, _ in logged(tmp_path, "train/grad_norm")] == [0, 1, 3, 4]
-    assert [step for step, _ in logged(tmp_path, "train/loss")] == [0, 1, 3, 4]
+    for name in ("train/grad_norm", "train/loss"):
+        assert [step for step, value in logged(tmp_path, name) if math.isfinite(value)] == [0, 1, 3, 4], name
     assert loop.lr_scheduler_configs[0].scheduler.last_epoch == 5, "the schedule ends where the run does"
 
 
@@ -98,7 +98,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 def judge(guard: GradientGuard, *norms: float) -> None:
     for norm in norms:
-        guard._judge(norm, WAYS["trainer"], SimpleNamespace(log=lambda *_: None))  # type: ignore[arg-type]
+        guard._judge(norm, WAYS["trainer"], SimpleNamespace(log_dict=lambda *_: None))  # type: ignore[arg-type]
 
 
 def test_a_spike_is_told_by_the_median(recwarn: pytest.WarningsRecorder) -> None:

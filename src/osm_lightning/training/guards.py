@@ -91,11 +91,10 @@ class GradientGuard(Callback):
         if math.isfinite(norm):
             self.skipped_in_row = 0
             self._tell_spike(norm, trainer)
-            pl_module.log("train/grad_norm", norm)
         else:
             self.skipped += 1
             self.skipped_in_row += 1
-        pl_module.log("train/skipped_steps", float(self.skipped))
+        pl_module.log_dict({"train/grad_norm": norm, "train/skipped_steps": float(self.skipped)})
         if self.skipped_in_row > self.max_skipped_in_row:
             raise ValueError(
                 f"the gradient is no number at step {trainer.global_step}, nor was it in the "

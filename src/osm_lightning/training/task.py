@@ -117,18 +117,19 @@ class OSMTask(lightning.LightningModule):
         """
         answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
         loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
-        if not bool(loss.total.isfinite()):
+        total = loss.total
+        if not bool(total.isfinite()):
             warnings.warn(
-                f"train/loss is {float(loss.total.detach())} at step {self.global_step}, which is skipped: images "
+                f"train/loss is {float(total.detach())} at step {self.global_step}, which is skipped: images "
                 f"{', '.join(batch.keys)}.",
                 stacklevel=2,
             )
-            return loss.total * math.nan
+            total = total * math.nan
         groups = [f"train/loss/{dataset}/{mode}" for dataset in batch.datasets for mode in (AGNOSTIC_NAME, "own")]
         present = loss.present_g.tolist()
         self.log_dict({name: loss.mean_g[g] for g, name in enumerate(groups) if present[g]})
-        self.log("train/loss", loss.total, prog_bar=True)
-        return loss.total
+        self.log("train/loss", total, prog_bar=True)
+        return total
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a schedule that counts optimizer steps.
