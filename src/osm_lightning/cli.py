@@ -217,7 +217,7 @@ class OSMCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the run is."""
-        if not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             print(f"run folder: {self.run_folder} (checkpoints/last.ckpt, metrics.csv, config.yaml)")
 
     def after_validate(self) -> None:
