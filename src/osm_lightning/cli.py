@@ -36,7 +36,7 @@ from osm_lightning.training.callbacks import (
     checkpoints,
     set_aside,
 )
-from osm_lightning.training.cluster import check_port, check_tasks, label_messages
+from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
@@ -336,17 +336,18 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        OSMCLI(
-            OSMTask,
-            OSMData,
-            save_config_callback=KeepConfig,
-            seed_everything_default=0,
-            trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": "osm"},
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            args=with_checkpoint(argv),
-        )
+        with meeting():
+            OSMCLI(
+                OSMTask,
+                OSMData,
+                save_config_callback=KeepConfig,
+                seed_everything_default=0,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_kwargs={"prog": "osm"},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=with_checkpoint(argv),
+            )
     except SystemExit as stopped:
         if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
             raise stopped.__context__ from None

@@ -6,9 +6,11 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
@@ -66,6 +68,26 @@ def check_port(trainer: Trainer) -> None:
         raise ValueError(
             f"port {port} of {socket.gethostname()}, at which {trainer.world_size} ranks are to meet, cannot be had: "
             f"{error.strerror}. Another run may have it: set MASTER_PORT to a free one on all nodes."
+        ) from error
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Says what it means that the ranks have not met.
+
+    Raises:
+        ValueError: some did not come in time, or rank 0 cannot be reached.
+    """
+    try:
+        yield
+    except dist.DistError as error:
+        if dist.is_initialized():
+            raise
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"the ranks have not all met at {place}: {str(error).splitlines()[0]} A node may be missing, or another "
+            "one started with other addresses: see that trainer.num_nodes nodes run the command, with the same "
+            "MASTER_ADDR and MASTER_PORT, each with its own NODE_RANK."
         ) from error
 
 

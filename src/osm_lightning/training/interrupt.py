@@ -77,12 +77,9 @@ class Interrupt(Callback):
         # Not print: it may be what was interrupted.
         os.write(2, f"{rank_label()}{signal.Signals(number).name}: saving at the next step.{hint}\n".encode())
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learns where the run stands."""
-        self._step = trainer.global_step
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals back from Lightning, whose handler for SIGTERM calls a collective."""
+        self._step = trainer.global_step
         self.listen()
 
     def on_train_batch_end(
