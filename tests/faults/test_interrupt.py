@@ -19,7 +19,7 @@ def run(folder, asked=None, after_lines=0, ranks=1, to=(0,), **settings):
         The processes' exit codes.
     """
     wanted = lines(folder) + after_lines
-    arguments = (folder, 2, ranks, free_port())
+    arguments = (folder, 0, ranks, free_port())
     keywords = {"interruptible": True, **settings}
     processes = [CONTEXT.Process(target=_own_group, args=(rank, *arguments), kwargs=keywords) for rank in range(ranks)]
     for process in processes:
@@ -30,7 +30,7 @@ def run(folder, asked=None, after_lines=0, ranks=1, to=(0,), **settings):
         for rank in to:
             os.kill(processes[rank].pid, asked)
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode is not None, "it does not end"
     return [process.exitcode for process in processes]
 

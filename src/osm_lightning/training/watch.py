@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import selectors
 import socket
 import sys
@@ -35,6 +36,8 @@ ECHO_S = 2.0
 
 CONNECT_S = 60.0
 """How long ranks may take to connect once they have met, and the others wait for rank 0 to leave first."""
+
+PASSWORD_BYTES = 16
 
 LOST = 1
 """Exit code of a rank that ends because another one has died."""
@@ -152,14 +155,14 @@ class WatchRanks(Callback):
             return
         name = f"rank {trainer.global_rank} ({socket.gethostname()}, process {os.getpid()})"
         listening = socket.create_server(("", 0), backlog=trainer.world_size) if trainer.is_global_zero else None
-        port = trainer.strategy.broadcast(None if listening is None else listening.getsockname()[1])
+        port = None if listening is None else listening.getsockname()[1]
+        port, password = trainer.strategy.broadcast((port, secrets.token_bytes(PASSWORD_BYTES)))
         if listening is None:
-            address = (os.environ["MASTER_ADDR"], port)
-            peers = [Peer(socket.create_connection(address, timeout=CONNECT_S), "rank 0")]
+            connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_S)
+            connection.sendall(password)
+            peers = [Peer(connection, "rank 0")]
         else:
-            listening.settimeout(CONNECT_S)
-            with listening:
-                peers = [Peer(listening.accept()[0]) for _ in range(trainer.world_size - 1)]
+            peers = welcome(listening, trainer.world_size - 1, password)
         self.watch = Watch(name, peers, is_hub=trainer.is_global_zero)
         self.watch.start()
 
@@ -181,6 +184,25 @@ class WatchRanks(Callback):
         """Says good-bye."""
         if self.watch is not None:
             self.watch.close()
+
+
+def welcome(listening: socket.socket, number: int, password: bytes) -> list[Peer]:
+    """Takes in so many ranks, and nobody else who happens to try the port.
+
+    Raises:
+        TimeoutError: they don't come.
+    """
+    peers: list[Peer] = []
+    listening.settimeout(CONNECT_S)
+    with listening:
+        while len(peers) < number:
+            connection = listening.accept()[0]
+            connection.settimeout(CONNECT_S)
+            if connection.recv(len(password), socket.MSG_WAITALL) == password:
+                peers.append(Peer(connection))
+            else:
+                connection.close()
+    return peers
 
 
 def exit_code_of(exception: BaseException) -> int:
