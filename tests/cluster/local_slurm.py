@@ -132,8 +132,16 @@ class LocalSlurm:
         self.stop()
 
     def run(self, *words: str | Path, **environment: str) -> str:
-        """Runs a command of Slurm's, and returns what it prints."""
-        return self._run(*map(str, words), **environment).stdout
+        """Runs a command of Slurm's, and returns what it prints.
+
+        On a busy machine it may have outlived its credential when slurmctld reads it; then it is run again.
+        """
+        for _ in range(5):
+            done = self._run(*map(str, words), check=False, **environment)
+            if not done.returncode:
+                return done.stdout
+            time.sleep(1)
+        raise RuntimeError(f"{' '.join(map(str, words))}: {done.stderr}")
 
     def _run(self, *words: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

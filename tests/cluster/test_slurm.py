@@ -51,7 +51,7 @@ class Cluster:
         end_s = time.monotonic() + within_s
         while time.monotonic() < end_s:
             state = self.about(job, "JobState")
-            if state not in {"PENDING", "RUNNING", "COMPLETING", "REQUEUED"}:
+            if state not in {"PENDING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED"}:
                 return state
             time.sleep(1)
         raise AssertionError(f"job {job} does not end:\n{self.log(job)}")

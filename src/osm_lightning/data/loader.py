@@ -6,9 +6,11 @@ that was handed out.
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, replace
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -19,8 +21,23 @@ from osm_lightning.data.mixture import Mixture, Progress
 from osm_lightning.data.stream import Place
 
 
+WORKER_GRACE_S = 300
+"""How long a worker goes on after SIGTERM: until the run has saved and ended it."""
+
+
+def leave_signals(worker: int) -> None:
+    """Leaves the signals that all processes of a job get to the one that trains: a worker goes on until that ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(WORKER_GRACE_S)  # whose signal ends the process
+
+
 class EpochLoader(DataLoader[MaskBatch]):
-    """A loader that knows how far it is. Whenever it is iterated anew it begins the next epoch."""
+    """A loader that knows how far it is. When it is iterated anew it begins the next epoch, if it has begun this one."""
 
     dataset: Mixture  # type: ignore[assignment]
 
@@ -39,7 +56,12 @@ class EpochLoader(DataLoader[MaskBatch]):
             resume_approximately: take up the state of another number of readers.
             batches_taken: batches after which the trainer ends an epoch, if that is not all of them.
         """
-        super().__init__(mixture, batch_size=None, num_workers=num_workers)  # type: ignore[arg-type]
+        super().__init__(
+            mixture,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=num_workers,
+            worker_init_fn=leave_signals,
+        )
         self.resume_approximately = resume_approximately
         self.batches_taken = len(mixture) if batches_taken is None else batches_taken
         self.progress = Progress(epoch=-1)
@@ -47,7 +69,9 @@ class EpochLoader(DataLoader[MaskBatch]):
 
     def __iter__(self) -> Iterator[MaskBatch]:  # type: ignore[override]
         unfinished = self.progress.epoch >= 0 and self.progress.delivered < self.batches_taken
-        if not (self._resumed and unfinished):
+        # A run that is resumed in a validation makes an iterator and takes nothing from it.
+        untouched = unfinished and not self.progress.delivered
+        if not (untouched or (self._resumed and unfinished)):
             self.progress = Progress(epoch=self.progress.epoch + 1)
         self._resumed = False
         self.dataset.progress = self.progress

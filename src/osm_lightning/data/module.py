@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from osm_lightning.batch import MaskBatch, MaskSample, mode_index, mode_names
 from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context
-from osm_lightning.data.loader import EpochLoader
+from osm_lightning.data.loader import EpochLoader, leave_signals
 from osm_lightning.data.mixture import Mixture, Source
 from osm_lightning.data.sample import Labels, View, whole_sample
 from osm_lightning.data.stream import ShardSet, Share
@@ -244,6 +244,7 @@ class OSMData(lightning.LightningDataModule):
             batch_size=self.images_per_val_batch,
             sampler=mine,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals,
             collate_fn=partial(collate, datasets=(dataset.labels.dataset,)),
         )
 

@@ -26,9 +26,6 @@ STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 REQUEUES = {signal.SIGUSR1, signal.SIGTERM}
 """Those after which a Slurm job is to run again: its time is nearly over, or it has to make room."""
 
-WORKER_GRACE_S = 300
-"""How long a loader's worker goes on after SIGTERM: until the run has saved and ended it."""
-
 
 class Interrupted(SystemExit):
     """Ends a fit that was stopped before its end. The exit code is the shell's: 128 and the signal's number."""
@@ -56,7 +53,6 @@ class Interrupt(Callback):
         self._received = 0  # place in STOPS, counted from 1
         self._step = -1
         self._validation_is_due = False
-        self._process = os.getpid()
 
     def listen(self) -> None:
         """Takes the signals over, with one that has waited since the command began (`__main__.py`)."""
@@ -65,10 +61,6 @@ class Interrupt(Callback):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker inherits this handler, and gets what its job gets
-            if number == signal.SIGTERM:
-                signal.alarm(WORKER_GRACE_S)
-            return
         place = 1 + STOPS.index(signal.Signals(number))
         if number == signal.SIGINT and self._received == place:
             raise KeyboardInterrupt

@@ -163,6 +163,9 @@ class WatchRanks(Callback):
             peers = [Peer(connection, "rank 0")]
         else:
             peers = welcome(listening, trainer.world_size - 1, password)
+        for peer in peers:
+            # A loader's worker must not keep the connection of a process that died.
+            os.register_at_fork(after_in_child=peer.connection.close)
         self.watch = Watch(name, peers, is_hub=trainer.is_global_zero)
         self.watch.start()
 
