@@ -24,7 +24,7 @@ def end_of_two(folder, done_to, whom):
         Its exit code, what it said, and how long it took.
     """
     arguments = (folder, 0, 2, free_port())
-    processes = [CONTEXT.Process(target=told, args=(folder, rank, rank, *arguments)) for rank in range(2)]
+    processes = [CONTEXT.Process(target=told, args=(folder, rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     while lines(folder) < 4:

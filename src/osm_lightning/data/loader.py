@@ -20,24 +20,23 @@ from osm_lightning.batch import MaskBatch
 from osm_lightning.data.mixture import Mixture, Progress
 from osm_lightning.data.stream import Place
 
-
 WORKER_GRACE_S = 300
 """How long a worker goes on after SIGTERM: until the run has saved and ended it."""
 
 
-def leave_signals(worker: int) -> None:
-    """Leaves the signals that all processes of a job get to the one that trains: a worker goes on until that ends it."""
+def leave_signals(_worker: int) -> None:
+    """Leaves signals, which all processes of a job get, to the one that trains: a worker works until that ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 
 
-def _end_later(number: int, frame: FrameType | None) -> None:
+def _end_later(_number: int, _frame: FrameType | None) -> None:
     signal.alarm(WORKER_GRACE_S)  # whose signal ends the process
 
 
 class EpochLoader(DataLoader[MaskBatch]):
-    """A loader that knows how far it is. When it is iterated anew it begins the next epoch, if it has begun this one."""
+    """A loader that knows how far it is. Iterated anew it begins the next epoch, if it has begun this one."""
 
     dataset: Mixture  # type: ignore[assignment]
 
