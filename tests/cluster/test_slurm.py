@@ -135,7 +135,7 @@ def test_a_job_on_two_nodes_trains(cluster: Cluster, short: str) -> None:
 
 
 def test_a_time_limit_changes_nothing(cluster: Cluster, steps: int, whole: str) -> None:
-    job = cluster.fit(steps, "--time=2", "--signal=SIGUSR1@60")
+    job = cluster.fit(steps, "--time=2", "--signal=SIGUSR1@30")
     assert cluster.ended(job) == "COMPLETED", cluster.log(job)
     assert int(cluster.about(job, "Restarts")) >= 2, cluster.log(job)
     same_result(cluster, job, whole)

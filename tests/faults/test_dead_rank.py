@@ -35,7 +35,7 @@ def end_of_two(folder, done_to, whom):
     other = processes[1 - whom]
     other.join(DEADLINE_S)
     passed_s = time.monotonic() - began_s
-    os.kill(processes[whom].pid, signal.SIGKILL)
+    processes[whom].kill()
     processes[whom].join()
     return other.exitcode, (folder / f"stderr-{1 - whom}.txt").read_text(), passed_s, processes[whom].pid
 
