@@ -32,10 +32,10 @@ from PIL import Image
 
 from osm_lightning.data import geometry, mixture, sample
 from osm_lightning.data.coverage import Masks
-from osm_lightning.data.loader import keep_freed_memory
 from osm_lightning.data.module import OSMData, SourceConfig
 from osm_lightning.data.stream import ShardSet
 from osm_lightning.data.text import TextCodec
+from osm_lightning.data.worker import keep_freed_memory
 from osm_lightning.instructions import MASK_QUESTIONS
 from osm_lightning.record import Record
 

@@ -18,7 +18,7 @@ PACKAGE = "osm_lightning"
 SOURCES = Path(osm_lightning.__file__).parent
 
 LAYERS = (
-    {"rle", "whole_file"},
+    {"rle", "rank_label", "whole_file"},
     {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index", "shard_transport"},
     {"shard_folder", "shard_tar"},
     {"shards", "data", "model"},

@@ -8,9 +8,12 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
+
+from osm_lightning.rank_label import rank_label
 
 TRAINER_COMMANDS = {
     "fit": "Train MaskQ-Former on a mixture of masks.",
@@ -32,7 +35,7 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `osm ARGV`; exits with 0, 2 for what the user can mend, 130 when interrupted.
+    """Runs `osm ARGV`; exits with 0, 2 for what the user can mend, 130 when interrupted (docs/slurm.md has them all).
 
     Args:
         argv: words after `osm`; None takes the process's own.
@@ -50,13 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         raise SystemExit(run(command, rest))
     except KeyboardInterrupt:
-        print(f"\nosm {command}: interrupted", file=sys.stderr)
+        print(f"\n{rank_label()}osm {command}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         message = message_of(error)
         if message is None or os.environ.get("OSM_TRACEBACK"):
             raise
-        print(f"osm {command}: error: {message}", file=sys.stderr)
+        print(f"{rank_label()}osm {command}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -70,6 +73,9 @@ def run(command: str, rest: list[str]) -> int:
         module = importlib.import_module(f"osm_lightning.commands.{command}")
         return int(module.main(rest))
     if command in TRAINER_COMMANDS:
+        if command == "fit" and "SLURM_JOB_ID" in os.environ:
+            # It would end the process; so it waits until the run can save (training/interrupt.py).
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         from osm_lightning.cli import main as trainer_main
 
         trainer_main([command, *rest])

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.data.module import OSMData
@@ -35,7 +37,11 @@ from osm_lightning.training.callbacks import (
     checkpoints,
     set_aside,
 )
+from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
+from osm_lightning.training.guards import GradientGuard
+from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
+from osm_lightning.training.watch import WatchRanks
 from osm_lightning.training.write_predictions import WritePredictions, naming_plan
 from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
 from osm_lightning.weights.registry import fetch_command
@@ -101,7 +107,8 @@ class OSMCLI(LightningCLI):
             "--ckpt",
             type=str | None,
             default=None,
-            help="checkpoint to go on from (with optimizer and step), or `last`"
+            help="checkpoint to go on from (with optimizer and step), or `last`; `auto`: the last one in this run's "
+            "folder, or a start where there is none"
             if resume
             else "checkpoint whose trained parts and config are used: a .ckpt file, an exported folder, or `last`",
         )
@@ -126,6 +133,7 @@ class OSMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuses what cannot work, before torch builds anything."""
         self.options = self.config[self.subcommand]
+        check_tasks(self.options.trainer)
         if self.subcommand == "predict":
             self._check_prediction()
         missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
@@ -161,19 +169,32 @@ class OSMCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.append(WriteScores(self.run_folder))
         if self.subcommand == "fit":
-            trainer.callbacks.append(Throughput())
+            optim = self.options.model.optim
+            trainer.callbacks += [Throughput(), GradientGuard(optim.max_skipped_in_row, optim.spike_factor)]
             if trainer.loggers:
                 trainer.callbacks.append(LearningRateMonitor("step"))
+            if not trainer.fast_dev_run:
+                self._save_when_interrupted(trainer)
         # Lightning wants checkpoint callbacks last.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         return trainer
+
+    def _save_when_interrupted(self, trainer: Trainer) -> None:
+        environment = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # Lightning's own saves within the signal's handler
+        interrupt = Interrupt(self.run_folder / "checkpoints" / "last.ckpt")
+        interrupt.listen()
+        trainer.callbacks.append(interrupt)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         own = config.get("callbacks") or []
         if self.subcommand == "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in own):
             folder = self.run_folder / "checkpoints"
             callbacks = [*callbacks, *checkpoints(folder)]
-        return super()._instantiate_trainer(config, callbacks)
+        trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
+        check_port(trainer)
+        return trainer
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -202,7 +223,7 @@ class OSMCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says where the run is."""
-        if not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             print(f"run folder: {self.run_folder} (checkpoints/last.ckpt, metrics.csv, config.yaml)")
 
     def after_validate(self) -> None:
@@ -271,6 +292,11 @@ def with_checkpoint(argv: list[str]) -> list[str]:
             path, length = word.removeprefix("--ckpt="), 1
         else:
             continue
+        if path == "auto":
+            own = own_checkpoint(rest)
+            if own is None:
+                return [command, *rest[:place], *rest[place + length :]]
+            path = own
         path = str(find_checkpoint(path))
         checkpoint = read_checkpoint(path)
         if command == "fit" and Path(path).is_dir():
@@ -285,6 +311,17 @@ def with_checkpoint(argv: list[str]) -> list[str]:
     return argv
 
 
+def own_checkpoint(words: list[str]) -> str | None:
+    """The last checkpoint in the folder of the run that the words are about, where there is one."""
+    given = [word.removeprefix("--run=") for word in words if word.startswith("--run=")]
+    given += [value for option, value in pairwise(words) if option == "--run"]
+    run = Path(given[-1] if given else default_run())
+    try:
+        return str(find_checkpoint("last", run))
+    except ValueError:
+        return None
+
+
 def main(argv: list[str]) -> None:
     """Runs `osm ARGV`.
 
@@ -292,24 +329,32 @@ def main(argv: list[str]) -> None:
         ValueError: what the user can mend.
     """
     quiet_loading()
+    label_messages()
     # Hints that do not apply: batches are made whole in the workers, and the machine's cores are the user's choice.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
     warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
     # It is: OSMData keeps the place.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     # The frozen parts are to be in eval.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    OSMCLI(
-        OSMTask,
-        OSMData,
-        save_config_callback=KeepConfig,
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        parser_kwargs={"prog": "osm"},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        args=with_checkpoint(argv),
-    )
+    try:
+        with meeting():
+            OSMCLI(
+                OSMTask,
+                OSMData,
+                save_config_callback=KeepConfig,
+                seed_everything_default=0,
+                trainer_defaults=TRAINER_DEFAULTS,
+                parser_kwargs={"prog": "osm"},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=with_checkpoint(argv),
+            )
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
+            raise stopped.__context__ from None
+        raise

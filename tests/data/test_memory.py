@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_training import scenes_data, tiny_task
 
-from osm_lightning.data.loader import keep_freed_memory
+from osm_lightning.data.worker import keep_freed_memory
 
 IMAGES = 20_000
 WARM_UP = 4_000

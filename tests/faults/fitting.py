@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,10 +18,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import scenes_data, tiny_task, trainer
 
 from osm_lightning.batch import MaskBatch
+from osm_lightning.training.guards import GradientGuard
+from osm_lightning.training.interrupt import Interrupt
+from osm_lightning.training.task import OSMTask
+from osm_lightning.training.watch import WatchRanks
 
 
 class Diary(Callback):
-    """Appends a line to a file for every batch: its number, a hash of all it holds, the loss bit for bit."""
+    """Appends a line to a file for every batch: its number, and bit for bit content, loss and weights."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,24 +37,61 @@ class Diary(Callback):
             "number": trainer.fit_loop.total_batch_idx,
             "batch": digest(batch),
             "loss": float(outputs["loss"]).hex(),
+            "weights": digest_of(dict(cast("OSMTask", pl_module).osm.trained())),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
+class Poison(Callback):
+    """Makes what a layer gives for some batches no numbers, as an overflow does."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: MaskBatch, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop.total_batch_idx in self.numbers:
+            projection = cast("OSMTask", pl_module).osm.projection
+            hook = projection.register_forward_hook(lambda module, given, made: (hook.remove(), made * float("nan"))[1])
+
+
 def digest(batch: MaskBatch) -> str:
     """sha256 of everything in a batch."""
+    return digest_of({field.name: getattr(batch, field.name) for field in fields(batch)})
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """sha256 of tensors and of whatever else there is."""
     sha = hashlib.sha256()
-    for field in fields(batch):
-        value = getattr(batch, field.name)
+    for value in values.values():
+        value = value.detach() if isinstance(value, torch.Tensor) else value
         sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
     return sha.hexdigest()
 
 
-def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None:
+def fit(
+    folder: Path,
+    num_workers: int,
+    ranks: int = 1,
+    steps: int = 12,
+    interruptible: bool = False,
+    poisoned: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    **settings: Any,
+) -> None:
     """Fits for two epochs, from the folder's last.ckpt where there is one; saves every second step.
 
     One of several ranks finds its own number and the others' address in the environment.
+
+    Args:
+        folder: where all is written.
+        num_workers: processes that prepare batches.
+        ranks: processes that train.
+        steps: batches of an epoch.
+        interruptible: save when a signal comes, instead of every second step.
+        poisoned: from a rank to the numbers of its batches that are made useless.
+        settings: the trainer's.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -58,7 +101,12 @@ def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None
         {"every_n_train_steps": 2},
         {"every_n_epochs": 1, "save_on_train_epoch_end": True},
     )
-    saving = [ModelCheckpoint(folder, filename="last", enable_version_counter=False, **when) for when in moments]
+    saving: list[Callback] = [
+        ModelCheckpoint(folder, filename="last", enable_version_counter=False, **when) for when in moments
+    ]
+    if interruptible:
+        saving = [Interrupt(folder / "last.ckpt"), *saving[1:]]
+        saving[0].listen()
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     loop = trainer(
         folder,
@@ -67,10 +115,19 @@ def fit(folder: Path, num_workers: int, ranks: int = 1, steps: int = 12) -> None
         strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
         enable_checkpointing=True,
         use_distributed_sampler=False,
-        callbacks=[Diary(diary_path(folder, rank)), *saving],
+        callbacks=[
+            WatchRanks(),
+            Poison(poisoned.get(rank, ())),
+            Diary(diary_path(folder, rank)),
+            GradientGuard(max_skipped_in_row=2, spike_factor=10),
+            *saving,
+        ],
+        **settings,
     )
     path = folder / "last.ckpt"
     loop.fit(task, datamodule=data, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+    if rank == 0:
+        torch.save(dict(task.osm.trained()), folder / "trained.pt")
 
 
 def diary_path(folder: Path, rank: int = 0) -> Path:
@@ -78,18 +135,18 @@ def diary_path(folder: Path, rank: int = 0) -> Path:
     return folder / f"diary-{rank}.jsonl"
 
 
-def diary(folder: Path, rank: int = 0) -> dict[int, tuple[str, str]]:
+def diary(folder: Path, rank: int = 0) -> dict[int, tuple[str, ...]]:
     """What was trained on at each step; a step that was done twice must have been the same both times.
 
     A line that a kill cut off says nothing.
     """
-    steps: dict[int, tuple[str, str]] = {}
+    steps: dict[int, tuple[str, ...]] = {}
     path = diary_path(folder, rank)
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        found = (line["batch"], line["loss"])
+        found = (line["batch"], line["loss"], line["weights"])
         assert steps.setdefault(line["number"], found) == found, f"step {line['number']} differs the second time"
     return steps

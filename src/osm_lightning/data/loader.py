@@ -6,7 +6,6 @@ that was handed out.
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator
 from dataclasses import astuple, replace
@@ -18,15 +17,11 @@ from torch.utils.data import DataLoader
 from osm_lightning.batch import MaskBatch
 from osm_lightning.data.mixture import Mixture, Progress
 from osm_lightning.data.stream import Place
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt (malloc.h)."""
-KEPT_BYTES = 2**30
-"""Free memory at the heap's end that is kept."""
+from osm_lightning.data.worker import start_worker
 
 
 class EpochLoader(DataLoader[MaskBatch]):
-    """A loader that knows how far it is. Whenever it is iterated anew it begins the next epoch."""
+    """A loader that knows how far it is. Iterated anew it begins the next epoch, if it has begun this one."""
 
     dataset: Mixture  # type: ignore[assignment]
 
@@ -45,11 +40,11 @@ class EpochLoader(DataLoader[MaskBatch]):
             resume_approximately: take up the state of another number of readers.
             batches_taken: batches after which the trainer ends an epoch, if that is not all of them.
         """
-        super().__init__(  # type: ignore[misc]
+        super().__init__(
             mixture,  # type: ignore[arg-type]
             batch_size=None,
             num_workers=num_workers,
-            worker_init_fn=keep_freed_memory,
+            worker_init_fn=start_worker,
         )
         self.resume_approximately = resume_approximately
         self.batches_taken = len(mixture) if batches_taken is None else batches_taken
@@ -58,7 +53,9 @@ class EpochLoader(DataLoader[MaskBatch]):
 
     def __iter__(self) -> Iterator[MaskBatch]:  # type: ignore[override]
         unfinished = self.progress.epoch >= 0 and self.progress.delivered < self.batches_taken
-        if not (self._resumed and unfinished):
+        # A run that is resumed in a validation makes an iterator and takes nothing from it.
+        untouched = unfinished and not self.progress.delivered
+        if not (untouched or (self._resumed and unfinished)):
             self.progress = Progress(epoch=self.progress.epoch + 1)
         self._resumed = False
         self.dataset.progress = self.progress
@@ -127,15 +124,3 @@ class EpochLoader(DataLoader[MaskBatch]):
             fresh = (Place(number),) * len(self.dataset.sources)
             places = dict.fromkeys(range(self.dataset.rank.count * max(1, self.num_workers)), fresh)
         self.progress = Progress(state["epoch"], state["delivered"], places)
-
-
-def keep_freed_memory(_worker: int = 0) -> None:
-    """Lets this process keep the memory that it frees, which pictures of changing sizes would make it ask for again.
-
-    By default glibc gives large blocks back to the kernel at once; getting fresh pages for every picture took as long
-    as decoding it (`docs/log.md`). For processes that do nothing but load. Other C libraries are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

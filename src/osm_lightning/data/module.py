@@ -18,6 +18,7 @@ from osm_lightning.data.mixture import Mixture, Source
 from osm_lightning.data.sample import Labels, View, whole_sample
 from osm_lightning.data.stream import ShardSet, Share
 from osm_lightning.data.text import TextCodec
+from osm_lightning.data.worker import start_worker
 from osm_lightning.datasets import DATASETS, ignored_ids
 from osm_lightning.record import Record
 from osm_lightning.vocabulary import load_vocabulary
@@ -244,6 +245,7 @@ class OSMData(lightning.LightningDataModule):
             batch_size=self.images_per_val_batch,
             sampler=mine,
             num_workers=self.num_workers,
+            worker_init_fn=start_worker,
             collate_fn=partial(collate, datasets=(dataset.labels.dataset,)),
         )
 

@@ -121,8 +121,9 @@ class KeepConfig(SaveConfigCallback):
             config.pop(key, None)
         text = self.parser.dump(config, skip_unset=False, skip_validation=True)
         cast("OSMTask", pl_module).config_text = text
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            folder = Path(trainer.log_dir)
+        log_dir = trainer.log_dir  # which all ranks must ask for: rank 0 broadcasts it
+        if trainer.is_global_zero and log_dir is not None:
+            folder = Path(log_dir)
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / self.config_filename, text)
 

@@ -25,6 +25,10 @@ class OptimConfig:
     """Optimizer steps of linear warm-up from 0."""
     final_share: float = 0.0
     """Share of the peak that is left at the end of the cosine."""
+    max_skipped_in_row: int = 10
+    """Steps in a row that are skipped because a loss or gradient is no number; one more ends the run."""
+    spike_factor: float = 10.0
+    """Gradient norms of more than this many times their median are warned of."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ It decides nothing about the model or the data; it calls them in order and logs 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -109,23 +110,26 @@ class OSMTask(lightning.LightningModule):
         torch.manual_seed(int(generator("step", self._data.seed, self.global_rank, number).integers(2**62)))
 
     def training_step(self, batch: MaskBatch, batch_index: int) -> Tensor:
-        """Loss of one mixed batch.
+        """Loss of one mixed batch; not a number, with a warning, if it is not finite.
 
-        Raises:
-            ValueError: it is no number; going on would ruin the weights, and skipping it on one rank hang the others.
+        The gradient then is not a number either, an infinite loss may have a finite one, and `GradientGuard` has all
+        ranks skip the step.
         """
         answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
         loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
-        if not bool(loss.total.isfinite()):
-            raise ValueError(
-                f"train/loss is {float(loss.total)} at step {self.global_step} (images {', '.join(batch.keys[:5])}). "
-                "Lower model.optim.lr, or use trainer.precision 32, and go on from the last checkpoint."
+        total = loss.total
+        if not bool(total.isfinite()):
+            warnings.warn(
+                f"train/loss is {float(total.detach())} at step {self.global_step}, which is skipped: images "
+                f"{', '.join(batch.keys)}.",
+                stacklevel=2,
             )
+            total = total * math.nan
         groups = [f"train/loss/{dataset}/{mode}" for dataset in batch.datasets for mode in (AGNOSTIC_NAME, "own")]
         present = loss.present_g.tolist()
         self.log_dict({name: loss.mean_g[g] for g, name in enumerate(groups) if present[g]})
-        self.log("train/loss", loss.total, prog_bar=True)
-        return loss.total
+        self.log("train/loss", total, prog_bar=True)
+        return total
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a schedule that counts optimizer steps.

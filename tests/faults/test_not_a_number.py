@@ -1,0 +1,40 @@
+"""A batch whose loss is no number: all ranks skip its step, nothing else changes, and too many of them end the run."""
+
+import pytest
+from fitting import diary
+from test_interrupt import run
+from test_resume import lines
+
+LOSS, WEIGHTS = 1, 2
+
+
+def weights(folder, rank=0):
+    return [line[WEIGHTS] for _, line in sorted(diary(folder, rank).items())]
+
+
+def skipped(folder, rank=0):
+    """Numbers of the batches after which the weights are what they were."""
+    after = weights(folder, rank)
+    return [number for number in range(1, len(after)) if after[number] == after[number - 1]]
+
+
+@pytest.mark.parametrize("poisoned", [{1: [5]}, {0: [5], 1: [5]}])
+def test_ranks_skip_the_same_steps_together(tmp_path, poisoned):
+    assert run(tmp_path, ranks=2, poisoned=poisoned) == [0, 0]
+    assert [rank for rank in (0, 1) if diary(tmp_path, rank)[5][LOSS] == "nan"] == list(poisoned)
+    assert weights(tmp_path, 0) == weights(tmp_path, 1)
+    assert skipped(tmp_path) == [5]
+
+
+def test_a_skipped_step_takes_its_accumulated_batches_along(tmp_path):
+    assert run(tmp_path, ranks=2, poisoned={1: [6]}, accumulate_grad_batches=3) == [0, 0]
+    assert weights(tmp_path, 0) == weights(tmp_path, 1)
+    stepped = set(range(1, 24)) - set(skipped(tmp_path))
+    assert stepped == {2, 5, 11, 14, 17, 20, 23}
+
+
+def test_too_many_in_a_row_end_all_ranks(tmp_path):
+    """Two may be skipped in a row (`fitting.py`); a good step between starts the count anew."""
+    assert run(tmp_path, ranks=2, poisoned={1: [3, 4, 6, 7, 8]}) == [1, 1]
+    assert skipped(tmp_path) == [3, 4, 6, 7]
+    assert lines(tmp_path) == 8
