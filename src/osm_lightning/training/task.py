@@ -24,6 +24,7 @@ from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
+from osm_lightning.training.strategies import Sharding
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
 from osm_lightning.weights.trained import check_tensors, load_trained
 
@@ -76,10 +77,22 @@ class OSMTask(lightning.LightningModule):
         """Builds the model once, under the strategy's context, so that it can be sharded while it is loaded."""
         if hasattr(self, "osm"):
             return
-        self.osm = OSM(self.vision, self.qformer, self.language, self.modes)
-        self._check_tokenizers()
+        strategy = self.trainer.strategy
+        sharding = strategy if isinstance(strategy, Sharding) else None
+        shard = None if sharding is None else sharding.shard_block
+        osm = OSM(self.vision, self.qformer, self.language, self.modes, shard)
+        self._check_tokenizers(osm)
         if self.weights is not None:
-            load_trained(self.osm, read_checkpoint(self.weights))
+            load_trained(osm, read_checkpoint(self.weights))
+        if sharding is not None:
+            osm.lockstep = sharding.lockstep
+            sharding.shard_model(osm)
+        self.osm = osm
+        # DDP: every process has loaded the frozen weights itself.
+        trained = {name for name, _ in osm.trained()}
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{PREFIX}{name}" for name, _ in osm.named_parameters() if name not in trained
+        ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was trained, and adds the config and the identity of the frozen parts."""
@@ -225,15 +238,15 @@ class OSMTask(lightning.LightningModule):
     def _data(self) -> OSMData:
         return cast("OSMData", cast("Any", self.trainer).datamodule)
 
-    def _check_tokenizers(self) -> None:
+    def _check_tokenizers(self, osm: OSM) -> None:
         codec, rows = self._data.codec, self.qformer.instruction_vocabulary
         if self.qformer.instruction_tokenizer and codec.instruction_vocabulary > rows:
             raise ValueError(
                 f"model.qformer.instruction_vocabulary is {rows}, but {self.qformer.instruction_tokenizer} has "
                 f"{codec.instruction_vocabulary} ids: set it to that."
             )
-        if codec.language_vocabulary > self.osm.language.vocabulary_size:
+        if codec.language_vocabulary > osm.language.vocabulary_size:
             raise ValueError(
                 f"the tokenizer has {codec.language_vocabulary} ids, but the LLM's vocabulary holds "
-                f"{self.osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
+                f"{osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
             )

@@ -1,0 +1,231 @@
+"""Strategies by name: DeepSpeed's ZeRO and FSDP2, made to train on CPU processes as on GPUs, and to shard OSM.
+
+`trainer.strategy` takes Lightning's own names (`auto`, `ddp`) and those of `STRATEGIES`. A strategy that shards the
+weights says so with `Sharding`; the task then hands it every frozen block while it is loaded, and the whole model once
+the trained parts have their weights. Nothing here knows what a checkpoint looks like (`engine_state.py` does).
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    StrategyRegistry,
+)
+from torch import nn
+
+from osm_lightning.model.lockstep import ALONE, Lockstep
+from osm_lightning.model.osm import OSM
+
+
+class Collective(Lockstep):
+    """Processes that hold parts of the weights: a count is the largest of all."""
+
+    together = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def most(self, count: int) -> int:
+        """Asks the others."""
+        counts = torch.tensor(count, device=self.device)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        return int(counts)
+
+
+class Sharding:
+    """A strategy in which a process holds a part of the frozen weights; one that holds all of them has no use for it."""
+
+    lockstep: Lockstep = ALONE
+
+    def shard_block(self, block: nn.Module) -> None:
+        """Leaves this process with its part of a frozen block; called while the next ones are not loaded yet."""
+        raise NotImplementedError
+
+    def shard_model(self, model: OSM) -> None:
+        """Shards all the rest, trained parts included."""
+        raise NotImplementedError
+
+
+class OSMDeepSpeedPrecision(DeepSpeedPrecision):
+    """Lightning's, without its cast of the batch: what a batch holds is bytes, ids and shares, and no activations."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Leaves the batch as it is."""
+        return data
+
+
+class OSMDeepSpeed(DeepSpeedStrategy, Sharding):
+    """ZeRO stages 1 to 3.
+
+    bf16-mixed is torch's autocast over float32 weights, as under every other strategy, and not DeepSpeed's own bf16,
+    which would keep the trained weights in bfloat16.
+    """
+
+    def __init__(self, stage: int = 2, offload: bool = False, **settings: Any) -> None:
+        """Chooses the stage.
+
+        Args:
+            stage: what is sharded: the optimizer's state (1), gradients too (2), weights too (3).
+            offload: keep weights and the optimizer's state in the machine's memory between uses.
+            **settings: Lightning's.
+        """
+        check_compiler()
+        parts = {"offload_optimizer": offload, "offload_parameters": offload}
+        # Told the batch size, Lightning does not make the training loader to find it, before a run has its place back.
+        fixed: dict[str, Any] = {"logging_batch_size_per_gpu": 1, "exclude_frozen_parameters": True}
+        super().__init__(stage=stage, **parts, **fixed, **settings)
+        # The optimizer is the task's AdamW, wherever its state lies.
+        cast("dict[str, Any]", self.config)["zero_force_ds_cpu_optimizer"] = False
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Ours."""
+        return cast("Precision", self._precision_plugin or Precision())
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, DeepSpeedPrecision):
+            plugin = OSMDeepSpeedPrecision(plugin.precision)
+        self._precision_plugin = plugin
+
+    # Lightning's checks for CUDA, and what DeepSpeed needs of CPU processes ----------------------------------------
+
+    def setup_environment(self) -> None:
+        """Starts the processes' group, on any accelerator."""
+        if self.parallel_devices is not None and self.root_device.type == "cpu":
+            # As on GPUs, a process finds its number among the machine's in its device.
+            self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
+            atexit.register(leave_group)  # else gloo's threads may abort the interpreter at its end
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def _format_config(self) -> None:
+        config = cast("dict[str, Any]", self.config)
+        if self.precision_plugin.precision == "bf16-mixed":
+            config["bf16"] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        super()._format_config()
+
+    # Sharding -------------------------------------------------------------------------------------------------------
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the stage shards them."""
+        return self.zero_stage_3
+
+    @cached_property
+    def lockstep(self) -> Lockstep:  # type: ignore[override]
+        """Calls are made together at stage 3."""
+        return Collective(self.root_device) if self.zero_stage_3 else ALONE
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Not used to shard: under it, every process would draw random weights for all that is loaded afterwards."""
+        self._init_config_if_needed()
+        yield
+
+    def shard_block(self, block: nn.Module) -> None:
+        """Stage 3: gives every process its part of each weight."""
+        if self.zero_stage_3:
+            import deepspeed
+
+            deepspeed.zero.Init(module=block, config_dict_or_path=self.config, remote_device=self.remote_device)
+
+    def shard_model(self, model: OSM) -> None:
+        """Stage 3: the same for the rest."""
+        self.shard_block(model)
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """Lightning's, with autocast."""
+        config = cast("dict[str, Any]", self.config)
+        kept = ("train_micro_batch_size_per_gpu", "torch_autocast", "zero_allow_untested_optimizer")
+        if self.zero_stage_3:
+            kept = (*kept, "zero_optimization")
+        import deepspeed
+
+        self.model = deepspeed.initialize(
+            config={key: config[key] for key in kept if key in config},
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )[0]
+
+
+class FSDP2(ModelParallelStrategy, Sharding):
+    """torch's fully_shard: every frozen block is a unit; the trained parts, and what else there is, are one."""
+
+    def setup_environment(self) -> None:
+        """All processes share the data: there is no tensor parallelism."""
+        devices = len(self.parallel_devices or ())
+        self._data_parallel_size, self._tensor_parallel_size = devices * self.num_nodes, 1
+        super().setup_environment()
+        self.lockstep = Collective(self.root_device)
+        if self.root_device.type == "cpu":
+            atexit.register(leave_group)
+
+    def shard_block(self, block: nn.Module) -> None:
+        """Gathered for its forward (and backward), and given up again."""
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(block, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+
+    def shard_model(self, model: OSM) -> None:
+        """Gathered at the beginning of a step, and kept to its end: trained parts and word embeddings are small."""
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        fully_shard(model, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+        for method in ("encode", "mask_tokens"):
+            register_fsdp_forward_method(model, method)
+
+
+STRATEGIES: dict[str, tuple[type[ParallelStrategy], dict[str, Any], str]] = {
+    "deepspeed_zero1": (OSMDeepSpeed, {"stage": 1}, "DeepSpeed: the optimizer's state is sharded"),
+    "deepspeed_zero2": (OSMDeepSpeed, {"stage": 2}, "DeepSpeed: gradients too"),
+    "deepspeed_zero3": (OSMDeepSpeed, {"stage": 3}, "DeepSpeed: weights too"),
+    "deepspeed_zero3_offload": (OSMDeepSpeed, {"stage": 3, "offload": True}, "DeepSpeed: kept in the machine's memory"),
+    "fsdp2": (FSDP2, {}, "torch's fully_shard: weights, gradients and the optimizer's state are sharded"),
+}
+"""What `trainer.strategy` may name, beside Lightning's own."""
+
+
+def register_strategies() -> None:
+    """Makes the names known to Lightning; again is no harm."""
+    for name, (strategy, settings, description) in STRATEGIES.items():
+        StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
+
+
+def check_compiler() -> None:
+    """DeepSpeed compiles its communication on first use.
+
+    Raises:
+        ValueError: there is nothing to compile with.
+    """
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing and not torch.cuda.is_available():
+        raise ValueError(
+            f"trainer.strategy is one of DeepSpeed's, which compiles a small library when it first runs on a CPU, but "
+            f"{' and '.join(missing)} is not on PATH. Install it (apt-get install g++ ninja-build), or use "
+            "trainer.strategy fsdp2 or ddp."
+        )
+
+
+def leave_group() -> None:
+    """Ends the processes' group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+register_strategies()
