@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,8 @@ class EncodedImages:
     keys_values: list[KeysValues | None]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerLogits:
-    """Predictions of the supervised tokens, and nothing of the others."""
+class AnswerLogits(NamedTuple):
+    """Predictions of the supervised tokens, and nothing of the others. A tuple: engines look for tensors in it."""
 
     logits_PV: Tensor
     """float32[P, V]."""
