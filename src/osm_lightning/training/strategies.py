@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import atexit
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
+import torch.nn.functional as F
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -25,10 +27,28 @@ from lightning.pytorch.strategies import (
     ParallelStrategy,
     StrategyRegistry,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from osm_lightning.model.lockstep import ALONE, Lockstep
 from osm_lightning.model.osm import OSM
+from osm_lightning.training.engine_state import SavesTogether, saved_states, take_settings
+from osm_lightning.weights.checkpoint import PREFIX
+from osm_lightning.weights.sharded import DEEPSPEED_TAG, OPTIMIZER, REST, WEIGHTS
+
+if TYPE_CHECKING:
+    from osm_lightning.training.task import OSMTask
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of every value."""
 
 
 class Collective(Lockstep):
@@ -68,7 +88,7 @@ class OSMDeepSpeedPrecision(DeepSpeedPrecision):
         return data
 
 
-class OSMDeepSpeed(DeepSpeedStrategy, Sharding):
+class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
     """ZeRO stages 1 to 3.
 
     bf16-mixed is torch's autocast over float32 weights, as under every other strategy, and not DeepSpeed's own bf16,
@@ -121,11 +141,6 @@ class OSMDeepSpeed(DeepSpeedStrategy, Sharding):
 
     # Sharding -------------------------------------------------------------------------------------------------------
 
-    @property
-    def shards_weights(self) -> bool:
-        """Whether the stage shards them."""
-        return self.zero_stage_3
-
     @cached_property
     def lockstep(self) -> Lockstep:  # type: ignore[override]
         """Calls are made together at stage 3."""
@@ -148,6 +163,57 @@ class OSMDeepSpeed(DeepSpeedStrategy, Sharding):
         """Stage 3: the same for the rest."""
         self.shard_block(model)
 
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: the engine writes it."""
+        return {}
+
+    def save_parts(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Has the engine write its files, with all that is no tensor of its own among them."""
+        rest = {key: value for key, value in checkpoint.items() if key not in {"state_dict", "optimizer_states"}}
+        self.deepspeed_engine.save_checkpoint(
+            str(folder), client_state={REST: rest}, tag=DEEPSPEED_TAG, exclude_frozen_parameters=True
+        )
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Gives the trained parameters, and the optimizer's copies of them, their values."""
+        import deepspeed
+
+        for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
+            value = checkpoint["state_dict"][PREFIX + name].to(self.root_device)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage_3):
+                parameter.data.copy_(value)
+            self._put(parameter, value, None)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Gives the optimizer its moments, its number of steps and its settings."""
+        (saved,) = checkpoint["optimizer_states"]
+        states = list(saved_states(cast("OSMTask", self.lightning_module).osm, saved))
+        zero: Any = self.optimizers[0]
+        take_settings(zero, saved)
+        if not states:
+            return
+        flats = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        for flat in flats:  # torch's AdamW would make them at its first step
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            zero.optimizer.state[flat] = {"step": states[0][1]["step"].clone(), **moments}
+        if not self.zero_stage_3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for parameter, state in states:
+            for moment in MOMENTS:
+                self._put(parameter, state[moment].to(self.root_device), moment)
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Sets this process's part of the optimizer's copy of a parameter, or of one of its moments."""
+        zero: Any = self.optimizers[0]
+        if not self.zero_stage_3:
+            cast("Any", parameter).set_full_hp_param(value, moment)
+            return
+        size = cast("Any", parameter).ds_tensor.ds_numel
+        padded = F.pad(value.flatten(), (0, size * self.world_size - value.numel()))
+        zero.set_local_hp_param(padded.narrow(0, size * self.global_rank, size), parameter, moment)
+
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Lightning's, with autocast."""
         config = cast("dict[str, Any]", self.config)
@@ -164,7 +230,7 @@ class OSMDeepSpeed(DeepSpeedStrategy, Sharding):
         )[0]
 
 
-class FSDP2(ModelParallelStrategy, Sharding):
+class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
     """torch's fully_shard: every frozen block is a unit; the trained parts, and what else there is, are one."""
 
     def setup_environment(self) -> None:
@@ -178,17 +244,59 @@ class FSDP2(ModelParallelStrategy, Sharding):
 
     def shard_block(self, block: nn.Module) -> None:
         """Gathered for its forward (and backward), and given up again."""
-        from torch.distributed.fsdp import fully_shard
-
         fully_shard(block, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
 
     def shard_model(self, model: OSM) -> None:
         """Gathered at the beginning of a step, and kept to its end: trained parts and word embeddings are small."""
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
         fully_shard(model, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
         for method in ("encode", "mask_tokens"):
             register_fsdp_forward_method(model, method)
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This process's parts of what is trained."""
+        options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
+        return get_model_state_dict(cast("nn.Module", self.model), options=options)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """This process's parts of it, by name."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(
+            cast("nn.Module", self.model), inner, options=StateDictOptions(cpu_offload=True)
+        )
+
+    def save_parts(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Writes them as a distributed checkpoint."""
+        rest = {key: value for key, value in checkpoint.items() if key not in {"state_dict", "optimizer_states"}}
+        tensors = {WEIGHTS: checkpoint["state_dict"]}
+        if checkpoint.get("optimizer_states"):
+            tensors[OPTIMIZER] = checkpoint["optimizer_states"][0]["state"]
+        distributed_checkpoint.save(tensors, checkpoint_id=folder)
+        if self.is_global_zero:
+            torch.save(rest, folder / REST)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Gives every trained parameter this process's part of its value."""
+        with torch.no_grad():
+            for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
+                parameter.copy_(self._part(checkpoint["state_dict"][PREFIX + name], parameter))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Gives the optimizer its parts of the moments, its number of steps and its settings."""
+        (saved,) = checkpoint["optimizer_states"]
+        optimizer = self.optimizers[0]
+        for parameter, state in saved_states(cast("OSMTask", self.lightning_module).osm, saved):
+            optimizer.state[parameter] = {
+                key: self._part(value, parameter) if value.shape == parameter.shape else value.clone()
+                for key, value in state.items()
+            }
+        take_settings(optimizer, saved)
+
+    def _part(self, value: Tensor, parameter: Tensor) -> Tensor:
+        like = cast("DTensor", parameter)
+        value = value.to(self.root_device)
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 STRATEGIES: dict[str, tuple[type[ParallelStrategy], dict[str, Any], str]] = {

@@ -36,6 +36,8 @@ class OSMTask(lightning.LightningModule):
     scores: nn.ModuleDict
     config_text: str = ""
     """Resolved config of the run; whoever parsed it sets it, and checkpoints carry it."""
+    trust_checkpoint: bool = False
+    """Whether folders of parts may be unpickled that do not bear our marker; whoever parsed the command sets it."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class OSMTask(lightning.LightningModule):
         osm = OSM(self.vision, self.qformer, self.language, self.modes, shard)
         self._check_tokenizers(osm)
         if self.weights is not None:
-            load_trained(osm, read_checkpoint(self.weights))
+            load_trained(osm, read_checkpoint(self.weights, self.trust_checkpoint))
         if sharding is not None:
             osm.lockstep = sharding.lockstep
             sharding.shard_model(osm)

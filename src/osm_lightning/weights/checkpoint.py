@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from osm_lightning.batch import mode_names
+from osm_lightning.weights.sharded import is_sharded, read_sharded
 
 CONTENT_KEY = "osm"
 """Key of our entry in a Lightning checkpoint."""
@@ -70,22 +72,44 @@ class Checkpoint:
         return yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a `.ckpt` file or a folder of safetensors.
+def read_checkpoint(path: str | Path, trusted: bool = False) -> Checkpoint:
+    """Reads a `.ckpt` file, a folder of parts that several processes wrote, or a folder of safetensors.
+
+    Args:
+        path: the checkpoint, or `last`.
+        trusted: unpickle a folder of parts although it does not bear our marker.
 
     Raises:
         ValueError: there is nothing at the path, or it is not one of ours; a missing path is answered with the
             checkpoints that there are.
     """
     path = find_checkpoint(str(path))
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         return _read_folder(path)
+    content = read_training_state(path, trusted)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         ours = content[CONTENT_KEY]
         tensors = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items()}
         return Checkpoint(tensors, str(ours["config"]), dict(ours["frozen"]))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"checkpoint {path} was not written by `osm fit` ({error!r}).") from error
+
+
+def read_training_state(path: Path, trusted: bool = False) -> dict[str, Any]:
+    """Reads all of a checkpoint, whatever strategy wrote it, as a single process would have saved it.
+
+    Args:
+        path: a `.ckpt` file, or a folder of parts.
+        trusted: unpickle a folder although it does not bear our marker.
+
+    Raises:
+        ValueError: it is broken, or may hold code.
+    """
+    if path.is_dir():
+        return read_sharded(path, trusted)
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} was not written by `osm fit` ({error!r}).") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
