@@ -79,7 +79,9 @@ class TestSharedImages:
         for mask, index in enumerate(UNSORTED.tolist()):
             one = slice(mask, mask + 1)
             shared = model.image_keys_values(image[index : index + 1])
-            alone = model.attend(queries[one], shared, torch.zeros(1, dtype=torch.int64), visible[one], ids[one], lengths[one])
+            alone = model.attend(
+                queries[one], shared, torch.zeros(1, dtype=torch.int64), visible[one], ids[one], lengths[one]
+            )
             torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-5)
 
     def test_empty_places_give_finite_gradients_and_none_to_images_without_masks(self) -> None:

@@ -234,9 +234,7 @@ class MaskQFormer(nn.Module):
         The queries are made in here, since engines that share weights out gather a module's own for its forward only.
         """
         queries_MAD = self.queries(mode_query_MD, len(image_index_M))
-        return self.attend(
-            queries_MAD, images, image_index_M, visible_MAN, instruction_ids_MT, instruction_tokens_M
-        )
+        return self.attend(queries_MAD, images, image_index_M, visible_MAN, instruction_ids_MT, instruction_tokens_M)
 
     def attend(
         self,

@@ -71,9 +71,7 @@ class WholeFiles(TorchCheckpointIO):
                 remove(path)
             partial.replace(path)
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a file or a folder."""
         return read_training_state(Path(path), self.trusted)
 

@@ -8,7 +8,6 @@ the trained parts have their weights. Nothing here knows what a checkpoint looks
 from __future__ import annotations
 
 import atexit
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -21,7 +20,6 @@ import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import (
-    DDPStrategy,
     DeepSpeedStrategy,
     ModelParallelStrategy,
     ParallelStrategy,
@@ -67,7 +65,7 @@ class Collective(Lockstep):
 
 
 class Sharding:
-    """A strategy in which a process holds a part of the frozen weights; one that holds all of them has no use for it."""
+    """A strategy in which a process may hold a part of the frozen weights only."""
 
     lockstep: Lockstep = ALONE
 
@@ -103,7 +101,6 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
             offload: keep weights and the optimizer's state in the machine's memory between uses.
             **settings: Lightning's.
         """
-        check_compiler()
         parts = {"offload_optimizer": offload, "offload_parameters": offload}
         # Told the batch size, Lightning does not make the training loader to find it, before a run has its place back.
         fixed: dict[str, Any] = {"logging_batch_size_per_gpu": 1, "exclude_frozen_parameters": True}
@@ -130,6 +127,7 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
             # As on GPUs, a process finds its number among the machine's in its device.
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
             atexit.register(leave_group)  # else gloo's threads may abort the interpreter at its end
+            do_not_compile()
         super(DeepSpeedStrategy, self).setup_environment()
 
     def _format_config(self) -> None:
@@ -315,19 +313,14 @@ def register_strategies() -> None:
         StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
 
 
-def check_compiler() -> None:
-    """DeepSpeed compiles its communication on first use.
+def do_not_compile() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory communication for CPU processes; gloo does without.
 
-    Raises:
-        ValueError: there is nothing to compile with.
+    It takes a compiler and minutes, and a process that is killed meanwhile leaves a lock for which all later runs wait.
     """
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    if missing and not torch.cuda.is_available():
-        raise ValueError(
-            f"trainer.strategy is one of DeepSpeed's, which compiles a small library when it first runs on a CPU, but "
-            f"{' and '.join(missing)} is not on PATH. Install it (apt-get install g++ ninja-build), or use "
-            "trainer.strategy fsdp2 or ddp."
-        )
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave_group() -> None:

@@ -88,6 +88,7 @@ class OSMTask(lightning.LightningModule):
             load_trained(osm, read_checkpoint(self.weights, self.trust_checkpoint))
         if sharding is not None:
             osm.lockstep = sharding.lockstep
+            self._data.in_step = osm.lockstep.together
             sharding.shard_model(osm)
         self.osm = osm
         # DDP: every process has loaded the frozen weights itself.
@@ -188,6 +189,7 @@ class OSMTask(lightning.LightningModule):
         """Names all masks of the batch's images and counts the right ones."""
         (dataset,) = batch.datasets
         if not batch.num_masks:
+            self._keep_in_step(batch, self._modes_of(dataset), with_loss=True)
             return
         keep = batch.class_id_M != FREE_TEXT
         if not bool(keep.all()):
@@ -221,7 +223,20 @@ class OSMTask(lightning.LightningModule):
 
     def predict_step(self, batch: MaskBatch, batch_index: int) -> list[NamedMask]:
         """Names all masks of the batch's images."""
-        return self._name(batch, self.osm.encode(batch.images_I3SS), self.named_modes or [AGNOSTIC_NAME])
+        modes = self.named_modes or [AGNOSTIC_NAME]
+        if not batch.num_masks:
+            self._keep_in_step(batch, modes, with_loss=False)
+            return []
+        return self._name(batch, self.osm.encode(batch.images_I3SS), modes)
+
+    def _keep_in_step(self, batch: MaskBatch, modes: Sequence[str], with_loss: bool) -> None:
+        """Where processes share the weights: calls all that the others call, on a made-up mask that counts nowhere."""
+        if self.osm.lockstep.together:
+            made_up = batch.made_up()
+            images = self.osm.encode(made_up.images_I3SS)
+            if with_loss:
+                self.osm(made_up, images=images)
+            self._name(made_up, images, modes)
 
     def _name(self, batch: MaskBatch, images: EncodedImages, modes: Sequence[str]) -> list[NamedMask]:
         codec = self._data.codec

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from osm_lightning.batch import mode_names
-from osm_lightning.weights.sharded import is_sharded, read_sharded
+from osm_lightning.weights.sharded import MARKER, is_sharded, partial_of, read_marker, read_sharded, whole
 
 CONTENT_KEY = "osm"
 """Key of our entry in a Lightning checkpoint."""
@@ -125,12 +125,55 @@ def find_checkpoint(name: str, root: Path = Path("runs")) -> Path:
         ValueError: it does not exist; the answer names the checkpoints that do.
     """
     if name == "last":
-        newest = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+        found = {path.with_name("last.ckpt") for path in root.rglob("*last.ckpt*")} if root.is_dir() else set()
+        newest = sorted(filter(None, map(whole, found)), key=_written_at)
         if newest:
             return newest[-1]
+    elif (path := whole(Path(name))) is not None:
+        return path
     elif Path(name).exists():
-        return Path(name)
+        return Path(name)  # a folder of parts without our marker: reading it says what that means
     raise ValueError(f"checkpoint {name!r} does not exist. {found_checkpoints(root)}")
+
+
+def config_of(path: Path, trusted: bool = False) -> Checkpoint:
+    """The config that a checkpoint carries; of a folder of parts that bears our marker, nothing else is opened.
+
+    Returns:
+        The checkpoint, in that case without its tensors.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    marker = read_marker(path) if path.is_dir() else None
+    return read_checkpoint(path, trusted) if marker is None else Checkpoint({}, marker.config, marker.frozen)
+
+
+def consolidate(path: Path, out: Path, trusted: bool = False) -> int:
+    """Makes one `.ckpt` file of a folder of parts, with all that it takes to go on from it.
+
+    Returns:
+        Number of trained tensors.
+
+    Raises:
+        ValueError: the folder cannot be read, or the file exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists. Remove it, or give another --out.")
+    content = read_training_state(path, trusted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(out)
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(out)
+    return len(content["state_dict"])
+
+
+def _written_at(path: Path) -> float:
+    """When it became whole: a folder's own time changes with its name."""
+    return ((path / MARKER) if path.is_dir() else path).stat().st_mtime
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:

@@ -129,9 +129,7 @@ def _distributed(folder: Path) -> Read:
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, Any] = {}
-    _load_state_dict(
-        state, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
+    _load_state_dict(state, storage_reader=FileSystemReader(folder), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     rest = torch.load(folder / REST, map_location="cpu", weights_only=True)
     return {**rest, "state_dict": state[WEIGHTS]}, state.get(OPTIMIZER, {})
 
