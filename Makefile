@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow test-cluster check format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -26,10 +26,13 @@ demo: $(STAMP) | weights/mini/vision weights/mini/language  ## name a real photo
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## the suite (at most ten minutes)
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) | weights/mini/vision weights/mini/language  ## what takes longer
 	@$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
+
+test-cluster: $(STAMP)  ## every strategy on two processes
+	@$(BIN)/python -m pytest -m "cluster" $(PYTEST_ARGS)
 
 check: $(STAMP)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -8,19 +8,17 @@ import pickle
 import socket
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tiny_training import ROOT, scenes_data, tiny_task, trainer
+from tiny_training import scenes_data, tiny_task, trainer
 
-from osm_lightning.batch import MaskBatch, NamedMask
-from osm_lightning.data.module import OSMData, SourceConfig
+from osm_lightning.batch import MaskBatch
+from osm_lightning.data.module import OSMData
 from osm_lightning.data.stream import Share
-from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.optim import OptimConfig
 
@@ -51,7 +49,6 @@ class Job:
     weights: str | None = None
     """Checkpoint to take trained parts from."""
     validates: bool = False
-    predicts: bool = False
     dropout: float = 0.0
     task: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +86,6 @@ class Record(Callback):
     def __init__(self, job: Job) -> None:
         self.job = job
         self.losses: list[float] = []
-        self.named: dict[tuple[str, str], dict[str, str]] = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
@@ -97,13 +93,6 @@ class Record(Callback):
         self.losses.append(float(outputs["loss"]))
         if self.job.save and trainer.global_step == self.job.save_at and len(self.losses) % self.job.accumulate == 0:
             trainer.save_checkpoint(self.job.folder / self.job.save)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: list[NamedMask], *_: Any
-    ) -> None:
-        for mask in outputs:
-            assert (mask.image, mask.mask_id) not in self.named
-            self.named[mask.image, mask.mask_id] = {mode: answer.name for mode, answer in mask.answers.items()}
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -131,7 +120,7 @@ def work(job: Job) -> dict[str, Any]:
         callbacks=[record],
         enable_checkpointing=False,
         plugins=[WholeFiles()],
-        **{"limit_val_batches": 0 if not job.validates else 12, "limit_predict_batches": 12, **job.trainer},
+        **{"limit_val_batches": 1.0 if job.validates else 0, **job.trainer},
     )
     done: dict[str, Any] = {"losses": record.losses}
     if job.steps:
@@ -141,20 +130,8 @@ def work(job: Job) -> dict[str, Any]:
         loop.validate(task, data, verbose=False)
     if job.validates:
         done["scores"] = {(row.dataset, row.mode): row for row in task.score_rows}
-    if job.predicts:
-        images, masks = images_and_masks()
-        data.predicted = read_segments(images, masks)
-        task.named_modes = ["agnostic", "scenes"]
-        loop.predict(task, data, return_predictions=False)
-        done["named"] = record.named
     done["identity"] = task.osm.frozen_identity()
     return done
-
-
-def images_and_masks() -> tuple[Path, Path]:
-    """Something to predict; see `prediction_set`."""
-    folder = Path(os.environ["OSM_TEST_PREDICTIONS"])
-    return folder / "images", folder / "masks"
 
 
 def run(job: Job, timeout_s: float = 300) -> list[dict[str, Any]]:
@@ -200,7 +177,3 @@ def _process(job: Job, rank: int, port: int, result: Path) -> None:
     except BaseException:
         result.write_bytes(b"ERROR" + traceback.format_exc().encode())
         os._exit(1)
-
-
-Run = Callable[[Job], list[dict[str, Any]]]
-SCENES = SourceConfig(str(ROOT / "data_shards" / "scenes"))

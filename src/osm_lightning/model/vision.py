@@ -71,7 +71,7 @@ class Dinov2Tower(Tower):
 
     def blocks(self) -> Iterable[nn.Module]:
         """The ones that are run."""
-        return cast("nn.ModuleList", self.vit.encoder.layer)
+        return self.vit.encoder.layer
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]."""

@@ -101,7 +101,7 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
             offload: keep weights and the optimizer's state in the machine's memory between uses.
             **settings: Lightning's.
         """
-        parts = {"offload_optimizer": offload, "offload_parameters": offload}
+        parts: dict[str, Any] = {"offload_optimizer": offload, "offload_parameters": offload}
         # Told the batch size, Lightning does not make the training loader to find it, before a run has its place back.
         fixed: dict[str, Any] = {"logging_batch_size_per_gpu": 1, "exclude_frozen_parameters": True}
         super().__init__(stage=stage, **parts, **fixed, **settings)
@@ -111,12 +111,12 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
     @property
     def precision_plugin(self) -> Precision:
         """Ours."""
-        return cast("Precision", self._precision_plugin or Precision())
+        return self._precision_plugin or Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, DeepSpeedPrecision):
-            plugin = OSMDeepSpeedPrecision(plugin.precision)
+            plugin = OSMDeepSpeedPrecision(cast("Any", plugin.precision))
         self._precision_plugin = plugin
 
     # Lightning's checks for CUDA, and what DeepSpeed needs of CPU processes ----------------------------------------
@@ -215,9 +215,9 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Lightning's, with autocast."""
         config = cast("dict[str, Any]", self.config)
-        kept = ("train_micro_batch_size_per_gpu", "torch_autocast", "zero_allow_untested_optimizer")
+        kept: tuple[str, ...] = ("train_micro_batch_size_per_gpu", "torch_autocast", "zero_allow_untested_optimizer")
         if self.zero_stage_3:
-            kept = (*kept, "zero_optimization")
+            kept += ("zero_optimization",)
         import deepspeed
 
         self.model = deepspeed.initialize(

@@ -124,8 +124,8 @@ Read = tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
 def _distributed(folder: Path) -> Read:
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, Any] = {}
