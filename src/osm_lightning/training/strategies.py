@@ -246,9 +246,14 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
 
     def shard_model(self, model: OSM) -> None:
         """Gathered at the beginning of a step, and kept to its end: trained parts and word embeddings are small."""
-        fully_shard(model, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
-        for method in ("encode", "mask_tokens"):
-            register_fsdp_forward_method(model, method)
+        units: tuple[tuple[nn.Module, tuple[str, ...]], ...] = (
+            (model.language, ("embed", "hidden", "logits")),  # naming calls it by itself
+            (model, ("encode", "mask_tokens")),
+        )
+        for unit, methods in units:
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"], reshard_after_forward=False)
+            for method in methods:
+                register_fsdp_forward_method(unit, method)
 
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
