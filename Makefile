@@ -31,7 +31,7 @@ test: $(STAMP)  ## the suite (at most ten minutes)
 test-slow: $(STAMP) | weights/mini/vision weights/mini/language  ## what takes longer
 	@$(BIN)/python -m pytest -m "slow" $(PYTEST_ARGS)
 
-test-cluster: $(STAMP)  ## jobs on a real Slurm, which it installs (Debian, as root)
+test-cluster: $(STAMP)  ## every strategy on two processes, jobs on a real Slurm, which it installs (Debian, as root)
 	@command -v slurmctld slurmd munged > /dev/null || { apt-get update && apt-get install --yes slurm-wlm munge; }
 	@$(BIN)/python -m pytest -m "cluster" $(PYTEST_ARGS)
 

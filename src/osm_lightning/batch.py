@@ -29,6 +29,10 @@ FREE_TEXT = -1
 """Class id of a mask whose name is free text and belongs to no vocabulary."""
 
 
+PADDING = ""
+"""Key of an empty image that only fills up a batch, so that processes that share weights have as many each."""
+
+
 @dataclass(frozen=True, slots=True)
 class MaskSample:
     """K masks of one image, after the geometry has been drawn and the text chosen.
@@ -138,6 +142,29 @@ class MaskBatch:
     def pin_memory(self) -> MaskBatch:
         """Pins every tensor, for asynchronous copies to a GPU."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def made_up(self) -> MaskBatch:
+        """One mask on the first image, with one id of prompt and one of answer: work that is like a real mask's."""
+        like = self.images_I3SS.device
+        one, ids = torch.ones(1, dtype=torch.int64, device=like), torch.zeros(1, 2, dtype=torch.int64, device=like)
+        side = self.coverage_MGG.shape[-1]
+        return replace(
+            self,
+            images_I3SS=self.images_I3SS[:1],
+            image_index_M=one - 1,
+            coverage_MGG=torch.ones(1, side, side, dtype=torch.float16, device=like),
+            context_box_px_M4=torch.zeros(1, 4, dtype=torch.int32, device=like),
+            mode_M=one - 1,
+            dataset_M=one - 1,
+            class_id_M=one - 1,
+            text_ids_ML=ids,
+            prompt_tokens_M=one,
+            text_tokens_M=one + 1,
+            instruction_ids_MT=ids[:, :1],
+            instruction_tokens_M=one,
+            keys=("made up",),
+            mask_ids=("made up",),
+        )
 
     def in_mode(self, mode: int) -> MaskBatch:
         """The same masks, all in one mode."""

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.data.module import OSMData
@@ -38,13 +39,16 @@ from osm_lightning.training.callbacks import (
     set_aside,
 )
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
+from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
+from osm_lightning.training.strategies import STRATEGIES
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
 from osm_lightning.training.write_predictions import WritePredictions, naming_plan
-from osm_lightning.weights.checkpoint import find_checkpoint, found_checkpoints, read_checkpoint
+from osm_lightning.weights.checkpoint import config_of, find_checkpoint, found_checkpoints
 from osm_lightning.weights.registry import fetch_command
+from osm_lightning.weights.sharded import is_sharded
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,  # an epoch is a number of masks (data.masks_per_epoch)
@@ -110,8 +114,22 @@ class OSMCLI(LightningCLI):
             help="checkpoint to go on from (with optimizer and step), or `last`; `auto`: the last one in this run's "
             "folder, or a start where there is none"
             if resume
-            else "checkpoint whose trained parts and config are used: a .ckpt file, an exported folder, or `last`",
+            else "checkpoint whose trained parts and config are used: a .ckpt file, a folder of parts (DeepSpeed, "
+            "FSDP2), an exported folder, or `last`",
         )
+        parser.add_argument(
+            "--trust_checkpoint",
+            type=bool,
+            default=False,
+            help="open a folder of parts that does not bear our osm.json: the code in its files is run",
+        )
+        if resume:
+            parser.add_argument(
+                "--async_save",
+                type=bool,
+                default=False,
+                help="write checkpoints beside training; for trainer.strategy auto and ddp",
+            )
         if subcommand != "predict":
             parser.add_argument(
                 "--run", type=str | None, default=None, help="folder of this run (default: runs/DATE-TIME)"
@@ -192,9 +210,24 @@ class OSMCLI(LightningCLI):
         if self.subcommand == "fit" and not any(isinstance(callback, ModelCheckpoint) for callback in own):
             folder = self.run_folder / "checkpoints"
             callbacks = [*callbacks, *checkpoints(folder)]
+        files: CheckpointIO = WholeFiles(self.options.trust_checkpoint)
+        if self.subcommand == "fit" and self.options.async_save:
+            if config.get("strategy") in STRATEGIES:
+                raise ValueError(
+                    f"--async_save is for one file that one process writes, but trainer.strategy {config['strategy']} "
+                    "writes a folder with all of them. Leave it out, or use trainer.strategy ddp."
+                )
+            files = AsyncCheckpointIO(files)
+        plugins = config.get("plugins") or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), files]
         trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
         check_port(trainer)
         return trainer
+
+    def instantiate_classes(self) -> None:
+        """Tells the task what belongs to the call."""
+        super().instantiate_classes()
+        self.model.trust_checkpoint = self.options.trust_checkpoint
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -279,7 +312,9 @@ def with_checkpoint(argv: list[str]) -> list[str]:
     Raises:
         ValueError: the checkpoint does not exist or is not one of ours.
     """
-    command, rest = argv[0], list(argv[1:])
+    command, rest = argv[0], [word.replace("--trust-checkpoint", "--trust_checkpoint=true") for word in argv[1:]]
+    argv = [command, *rest]
+    trusted = "--trust_checkpoint=true" in rest
     if not any(word.split("=")[0] in {"--config", "-c", "--ckpt", "-h", "--help"} for word in rest):
         raise ValueError(
             "neither --config nor --ckpt is given, so there is no model: `osm --help` shows both. "
@@ -298,8 +333,8 @@ def with_checkpoint(argv: list[str]) -> list[str]:
                 return [command, *rest[:place], *rest[place + length :]]
             path = own
         path = str(find_checkpoint(path))
-        checkpoint = read_checkpoint(path)
-        if command == "fit" and Path(path).is_dir():
+        checkpoint = config_of(Path(path), trusted)
+        if command == "fit" and Path(path).is_dir() and not is_sharded(Path(path)):
             raise ValueError(
                 f"{path} is an exported folder, which has no optimizer state to go on from. Give a .ckpt file, or "
                 f"start a new run from its weights: --config {path}/config.yaml --model.weights {path}"

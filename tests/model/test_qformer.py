@@ -75,11 +75,13 @@ class TestSharedImages:
     def test_masks_in_any_order_get_what_each_gets_alone_with_its_image(self) -> None:
         model = tiny_qformer()
         queries, image, visible, ids, lengths = inputs(num_masks=6, num_images=5)
-        together = model(queries, model.image_keys_values(image), UNSORTED, visible, ids, lengths)
+        together = model.attend(queries, model.image_keys_values(image), UNSORTED, visible, ids, lengths)
         for mask, index in enumerate(UNSORTED.tolist()):
             one = slice(mask, mask + 1)
             shared = model.image_keys_values(image[index : index + 1])
-            alone = model(queries[one], shared, torch.zeros(1, dtype=torch.int64), visible[one], ids[one], lengths[one])
+            alone = model.attend(
+                queries[one], shared, torch.zeros(1, dtype=torch.int64), visible[one], ids[one], lengths[one]
+            )
             torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-5)
 
     def test_empty_places_give_finite_gradients_and_none_to_images_without_masks(self) -> None:
@@ -87,7 +89,7 @@ class TestSharedImages:
         queries, image, visible, ids, lengths = inputs(num_masks=6, num_images=5)
         visible[:, :, 1:] = False  # the least that a row may see
         image.requires_grad_()
-        out = model(queries, model.image_keys_values(image), UNSORTED, visible, ids, lengths)
+        out = model.attend(queries, model.image_keys_values(image), UNSORTED, visible, ids, lengths)
         out.square().sum().backward()
         assert out.isfinite().all()
         assert image.grad is not None
@@ -117,13 +119,13 @@ class TestInstruction:
         queries, image, visible, ids, _ = inputs(num_masks=2, num_images=1)
         index, lengths = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 0])
         images = model.image_keys_values(image)
-        wanted = model(queries, images, index, visible, ids, lengths)
+        wanted = model.attend(queries, images, index, visible, ids, lengths)
         other_padding = ids.clone()
         other_padding[0, 3], other_padding[1] = 19 - ids[0, 3], 0
-        torch.testing.assert_close(model(queries, images, index, visible, other_padding, lengths), wanted)
-        shorter = model(queries[:1], images, index[:1], visible[:1], ids[:1, :3], lengths[:1])
+        torch.testing.assert_close(model.attend(queries, images, index, visible, other_padding, lengths), wanted)
+        shorter = model.attend(queries[:1], images, index[:1], visible[:1], ids[:1, :3], lengths[:1])
         torch.testing.assert_close(shorter, wanted[:1], atol=1e-6, rtol=1e-5)
-        none = model(queries[1:], images, index[1:], visible[1:], ids[1:, :0], lengths[1:])
+        none = model.attend(queries[1:], images, index[1:], visible[1:], ids[1:, :0], lengths[1:])
         torch.testing.assert_close(none, wanted[1:], atol=1e-6, rtol=1e-5)
 
     def test_its_words_and_their_order_matter(self) -> None:
@@ -131,7 +133,7 @@ class TestInstruction:
         queries, image, visible, _, _ = inputs(num_masks=1, num_images=1)
         images, index, length = model.image_keys_values(image), torch.tensor([0]), torch.tensor([3])
         outs = [
-            model(queries, images, index, visible, torch.tensor([ids]), length)
+            model.attend(queries, images, index, visible, torch.tensor([ids]), length)
             for ids in ([1, 2, 3], [1, 3, 2], [1, 2, 4])
         ]
         assert (outs[0] - outs[1]).abs().max() > 1e-3
@@ -142,15 +144,15 @@ class TestInstruction:
         assert not any("text_ffn" in name or "instruction" in name for name in model.state_dict())
         queries, image, visible, ids, lengths = inputs(num_masks=2, num_images=1)
         images, index = model.image_keys_values(image), torch.zeros(2, dtype=torch.int64)
-        out = model(queries, images, index, visible, ids, lengths)
-        assert torch.equal(out, model(queries, images, index, visible, ids[:, :0], lengths * 0))
+        out = model.attend(queries, images, index, visible, ids, lengths)
+        assert torch.equal(out, model.attend(queries, images, index, visible, ids[:, :0], lengths * 0))
 
     def test_one_that_is_too_long_is_refused(self) -> None:
         model = tiny_qformer()
         queries, image, visible, _, _ = inputs(num_masks=1, num_images=1)
         ids = torch.ones(1, TEXT + 1, dtype=torch.int64)
         with pytest.raises(ValueError, match=r"5 tokens, but qformer\.max_instruction_tokens is 4"):
-            model(queries, model.image_keys_values(image), torch.tensor([0]), visible, ids, torch.tensor([5]))
+            model.attend(queries, model.image_keys_values(image), torch.tensor([0]), visible, ids, torch.tensor([5]))
 
 
 class TestQueries:
@@ -181,7 +183,7 @@ class TestDropout:
     def run(self, model: MaskQFormer) -> Tensor:
         queries, image, visible, ids, lengths = inputs(num_masks=2, num_images=1)
         index = torch.zeros(2, dtype=torch.int64)
-        return model(queries, model.image_keys_values(image), index, visible, ids, lengths)
+        return model.attend(queries, model.image_keys_values(image), index, visible, ids, lengths)
 
     def test_it_is_on_in_training_only(self) -> None:
         model = tiny_qformer(replace(CONFIG, dropout=0.5))

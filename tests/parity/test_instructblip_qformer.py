@@ -92,7 +92,7 @@ def run_ours(model: MaskQFormer, visible_MAN: Tensor, with_text: bool) -> tuple[
         ids_MT, lengths_M = ids_MT[:, :0], torch.zeros_like(lengths_M)
     image_INE.requires_grad_()
     index_M = torch.arange(IMAGES).repeat_interleave(MASKS_PER_IMAGE)
-    out = model(queries_MAD, model.image_keys_values(image_INE), index_M, visible_MAN, ids_MT, lengths_M)
+    out = model.attend(queries_MAD, model.image_keys_values(image_INE), index_M, visible_MAN, ids_MT, lengths_M)
     return out.detach(), torch.autograd.grad(weighted_sum(out), image_INE)[0]
 
 

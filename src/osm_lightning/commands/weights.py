@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     subcommands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_fetch(subcommands)
     _add_export(subcommands)
+    _add_consolidate(subcommands)
     args = parser.parse_args(argv)
     return int(args.run(args))
 
@@ -98,4 +99,27 @@ def _export(args: argparse.Namespace) -> int:
     checkpoint = export(args.ckpt, args.out, args.half)
     num_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are")
+    return 0
+
+
+def _add_consolidate(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser(
+        "consolidate",
+        help="make one .ckpt file of a folder that several processes wrote",
+        description="Makes one .ckpt file of a DeepSpeed or FSDP2 checkpoint folder, optimizer included: every command "
+        "takes it, under any strategy and number of processes. (They take the folder as it is, too.)",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FOLDER", help="the checkpoint, or `last`")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.ckpt", help="the new file")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="open it without our osm.json: the code in it is run"
+    )
+    parser.set_defaults(run=_consolidate)
+
+
+def _consolidate(args: argparse.Namespace) -> int:
+    from osm_lightning.weights.checkpoint import consolidate, find_checkpoint
+
+    num_tensors = consolidate(find_checkpoint(args.ckpt), args.out, args.trust_checkpoint)
+    print(f"{args.out}: {num_tensors} trained tensors, and the optimizer's state")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from osm_lightning.batch import AGNOSTIC, MaskBatch, MaskSample
+from osm_lightning.batch import AGNOSTIC, PADDING, MaskBatch, MaskSample
 
 
 def collate(samples: Sequence[MaskSample], datasets: Sequence[str], modes: Sequence[int] | None = None) -> MaskBatch:
@@ -39,7 +39,7 @@ def collate(samples: Sequence[MaskSample], datasets: Sequence[str], modes: Seque
         instruction_ids_MT=instruction_ids,
         instruction_tokens_M=instruction_tokens,
         datasets=tuple(datasets),
-        keys=tuple(sample.key for sample in samples),
+        keys=tuple(sample.key for sample in samples if sample.key != PADDING),
         mask_ids=tuple(mask_id for sample in samples for mask_id in sample.mask_ids),
         num_vanished=sum(sample.num_vanished for sample in samples),
     )

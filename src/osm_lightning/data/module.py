@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import lightning
+import torch
 from torch.utils.data import DataLoader, Dataset
 
-from osm_lightning.batch import MaskBatch, MaskSample, mode_index, mode_names
+from osm_lightning.batch import PADDING, MaskBatch, MaskSample, mode_index, mode_names
 from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context
 from osm_lightning.data.loader import EpochLoader
@@ -60,7 +61,25 @@ class Whole(Dataset[MaskSample]):
         return len(self.records)
 
     def __getitem__(self, position: int) -> MaskSample:
+        if position >= len(self):
+            return self._padding()
         return whole_sample(self.records[position], self.labels, self.view, self.codec, self.keep_vanished)
+
+    def _padding(self) -> MaskSample:
+        """An empty image without masks, beyond the last one."""
+        side, grid = self.view.image_size_px, self.view.image_size_px // self.view.patch_size_px
+        return MaskSample(
+            key=PADDING,
+            dataset=self.labels.dataset,
+            image_3SS=torch.zeros(3, side, side, dtype=torch.uint8),
+            coverage_KGG=torch.zeros(0, grid, grid, dtype=torch.float16),
+            context_box_px_K4=torch.zeros(0, 4, dtype=torch.int32),
+            mask_ids=(),
+            class_ids=(),
+            text_ids=(),
+            prompt_tokens=(),
+            instruction_ids=(),
+        )
 
 
 class OSMData(lightning.LightningDataModule):
@@ -119,6 +138,8 @@ class OSMData(lightning.LightningDataModule):
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
         self.num_workers, self.seed = num_workers, seed
         self.resume_approximately = resume_approximately
+        self.in_step = False
+        """Whether every process must have the same number of validation batches; the task sets it."""
         self.predicted: Sequence[Record] | None = None
         self._opened: dict[tuple[str | None, ...], tuple[Labels, ShardSet]] = {}
         self._loader: EpochLoader | None = None
@@ -239,7 +260,9 @@ class OSMData(lightning.LightningDataModule):
         return self._whole(Whole(self.predicted, Labels("predicted"), self.view, self.codec, keep_vanished=True))
 
     def _whole(self, dataset: Whole) -> DataLoader[MaskBatch]:
-        mine = range(self.rank.index, len(dataset), self.rank.count)
+        # Processes that share the weights need as many batches each; what pads has no masks and counts nowhere.
+        end = -(-len(dataset) // self.rank.count) * self.rank.count if self.in_step else len(dataset)
+        mine = range(self.rank.index, end, self.rank.count)
         return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=self.images_per_val_batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+Shard = Callable[[nn.Module], None]
+"""Leaves this process with its part of a module's weights."""
 
 SAMPLES = 64
 """Values of each tensor that go into a fingerprint: enough to tell weights apart, and quick for 7 B of them."""
@@ -19,6 +23,19 @@ def freeze(module: ModuleT) -> ModuleT:
     """Turns off gradients and switches to `eval`, where `OwnsFrozen` keeps it."""
     module.requires_grad_(False)
     return module.eval()
+
+
+def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, shard: Shard | None) -> None:
+    """Gives loaded weights their precision, block by block.
+
+    Weights that were just loaded are pages of their file, in the file's precision, and take no memory of this process.
+    A block becomes its own only here, and is sharded before the next one does.
+    """
+    for block in blocks:
+        block.to(dtype)
+        if shard is not None:
+            shard(block)
+    module.to(dtype)
 
 
 class OwnsFrozen(nn.Module):

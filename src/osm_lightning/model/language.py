@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from osm_lightning.model.config import LanguageConfig
-from osm_lightning.model.frozen import OwnsFrozen, freeze, missing_weights, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
 
 
 class LanguageModel(OwnsFrozen):
@@ -22,8 +22,12 @@ class LanguageModel(OwnsFrozen):
 
     frozen_parts = ("llm",)
 
-    def __init__(self, config: LanguageConfig) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard | None = None) -> None:
         """Loads the weights.
+
+        Args:
+            config: which LLM.
+            shard: called with every block of it once it has its precision.
 
         Raises:
             ValueError: the weights are missing.
@@ -34,11 +38,13 @@ class LanguageModel(OwnsFrozen):
         self.config = config
         dtype = torch_dtype(config.dtype)
         if config.architecture is not None:
-            model: Any = cast("nn.Module", LlamaForCausalLM(LlamaConfig(**config.architecture))).to(dtype)
+            model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
         else:
             missing_weights("language.name", config.name)
-            model = AutoModelForCausalLM.from_pretrained(config.name, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
         self.llm = freeze(cast("nn.Module", model))
+        self.identity = fingerprint(self.llm)
+        place(self.llm, model.get_decoder().layers, dtype, shard)
         self.width = int(model.get_input_embeddings().embedding_dim)
         self.vocabulary_size = int(model.get_output_embeddings().out_features)
 
@@ -54,6 +60,12 @@ class LanguageModel(OwnsFrozen):
     def word_embeddings(self) -> Tensor:
         """float32[V, Z], the embedding of every id."""
         return cast("Tensor", cast("Any", self.llm).get_input_embeddings().weight).detach().float()
+
+    def step_along(self) -> None:
+        """Takes a step of naming that nobody needs, in the order of a real one: `hidden`, `logits`, `embed`."""
+        one = torch.zeros(1, dtype=torch.int64, device=cast("Any", self.llm).device)
+        self.logits(self.hidden(torch.zeros(1, 1, self.width, dtype=self.dtype, device=one.device))[:, -1])
+        self.embed(one)
 
     def new_cache(self) -> Any:
         """An empty key-value cache for `hidden`."""

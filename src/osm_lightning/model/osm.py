@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
-from osm_lightning.model.frozen import fingerprint
+from osm_lightning.model.frozen import Shard
 from osm_lightning.model.language import LanguageModel
+from osm_lightning.model.lockstep import ALONE, Lockstep
 from osm_lightning.model.modes import Modes
 from osm_lightning.model.qformer import KeysValues, MaskQFormer
 from osm_lightning.model.visibility import Grid, visibility
@@ -32,9 +34,8 @@ class EncodedImages:
     keys_values: list[KeysValues | None]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerLogits:
-    """Predictions of the supervised tokens, and nothing of the others."""
+class AnswerLogits(NamedTuple):
+    """Predictions of the supervised tokens, and nothing of the others. A tuple: engines look for tensors in it."""
 
     logits_PV: Tensor
     """float32[P, V]."""
@@ -47,8 +48,16 @@ class AnswerLogits:
 class OSM(nn.Module):
     """Names the content of masks."""
 
+    lockstep: Lockstep = ALONE
+    """How processes that share these weights stay together; whoever shards them sets it."""
+
     def __init__(
-        self, vision: VisionConfig, qformer: QFormerConfig, language: LanguageConfig, modes: Sequence[str]
+        self,
+        vision: VisionConfig,
+        qformer: QFormerConfig,
+        language: LanguageConfig,
+        modes: Sequence[str],
+        shard: Shard | None = None,
     ) -> None:
         """Builds all parts and loads the frozen ones.
 
@@ -57,14 +66,15 @@ class OSM(nn.Module):
             qformer: MaskQ-Former and its queries.
             language: LLM.
             modes: modes of the vocabularies, beside the agnostic one.
+            shard: called with every block of the frozen parts once it is loaded, so that no process holds all of them.
 
         Raises:
             ValueError: weights are missing, or sizes don't fit.
         """
         super().__init__()
-        self.vision = VisionEncoder(vision)
+        self.vision = VisionEncoder(vision, shard)
         self.qformer = MaskQFormer(qformer, self.vision.width)
-        self.language = LanguageModel(language)
+        self.language = LanguageModel(language, shard)
         self.projection = nn.Linear(qformer.width, self.language.width)
         self.modes = Modes(modes, qformer.width, self.language.width)
         if not qformer.mode_query:
@@ -85,7 +95,7 @@ class OSM(nn.Module):
 
     def encode(self, images_I3SS: Tensor) -> EncodedImages:
         """uint8[I, 3, S, S] -> what any number of masks of these images need."""
-        return EncodedImages(self.qformer.image_keys_values(self.vision(images_I3SS)))
+        return EncodedImages(self.qformer.image_keys_values(self.vision(images_I3SS, self.lockstep)))
 
     def mask_tokens(self, images: EncodedImages, batch: MaskBatch) -> Tensor:
         """What the LLM reads of each mask, before the text.
@@ -100,7 +110,7 @@ class OSM(nn.Module):
         config = self.qformer.config
         query_MD, mode_MZ = self.modes(batch.mode_M)
         hidden_MAD = self.qformer(
-            self.qformer.queries(query_MD if config.mode_query else None, batch.num_masks),
+            query_MD if config.mode_query else None,
             images.keys_values,
             batch.image_index_M,
             visibility(batch.coverage_MGG, batch.context_box_px_M4, self.grid, config),
@@ -130,8 +140,9 @@ class OSM(nn.Module):
         tokens_M = batch.text_tokens_M
         order_M = tokens_M.argsort() if num_groups > 1 else torch.arange(len(tokens_M), device=tokens_M.device)
         groups = order_M.chunk(num_groups)
-        parts = [self._answer_logits(prefix_MQZ, batch, rows, supervise_prompt) for rows in groups]
-        return AnswerLogits(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        made_up = [order_M[:1]] * (self.lockstep.most(len(groups)) - len(groups))
+        parts = [self._answer_logits(prefix_MQZ, batch, rows, supervise_prompt) for rows in (*groups, *made_up)]
+        return AnswerLogits(*(torch.cat(column) for column in zip(*parts[: len(groups)], strict=True)))
 
     def _answer_logits(
         self, prefix_MQZ: Tensor, batch: MaskBatch, rows_R: Tensor, supervise_prompt: bool
@@ -154,6 +165,10 @@ class OSM(nn.Module):
         """Names and parameters of what is trained: position, queries, Q-Former, modes, projection."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of what is trained, also where this process holds a part; ZeRO-3 keeps them beside."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trained()}
+
     def frozen_identity(self) -> dict[str, str]:
-        """Fingerprints of the frozen parts, so that a checkpoint can tell whether it meets the same ones."""
-        return {"vision": fingerprint(self.vision.tower), "language": fingerprint(self.language.llm)}
+        """Fingerprints of the frozen parts as loaded, so that a checkpoint can tell whether it meets the same ones."""
+        return {"vision": self.vision.identity, "language": self.language.identity}

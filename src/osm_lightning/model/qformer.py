@@ -173,7 +173,7 @@ class Instruction(nn.Module):
                 f"an instruction has {length} tokens, but qformer.max_instruction_tokens is {most}. Shorten the one or "
                 "raise the other."
             )
-        return self.word(ids_MT) + self.position.weight[:length]
+        return self.word(ids_MT) + self.position(torch.arange(length, device=ids_MT.device))
 
 
 class MaskQFormer(nn.Module):
@@ -222,6 +222,22 @@ class MaskQFormer(nn.Module):
 
     def forward(
         self,
+        mode_query_MD: Tensor | None,
+        images: Sequence[KeysValues | None],
+        image_index_M: Tensor,
+        visible_MAN: Tensor,
+        instruction_ids_MT: Tensor,
+        instruction_tokens_M: Tensor,
+    ) -> Tensor:
+        """Runs its own queries and the modes' through all layers; see `attend`.
+
+        The queries are made in here, since engines that share weights out gather a module's own for its forward only.
+        """
+        queries_MAD = self.queries(mode_query_MD, len(image_index_M))
+        return self.attend(queries_MAD, images, image_index_M, visible_MAN, instruction_ids_MT, instruction_tokens_M)
+
+    def attend(
+        self,
         queries_MAD: Tensor,
         images: Sequence[KeysValues | None],
         image_index_M: Tensor,
@@ -229,7 +245,7 @@ class MaskQFormer(nn.Module):
         instruction_ids_MT: Tensor,
         instruction_tokens_M: Tensor,
     ) -> Tensor:
-        """Runs all layers.
+        """Runs queries through all layers.
 
         Args:
             queries_MAD: float[M, A, D].

@@ -9,6 +9,7 @@ vision side, the learnt global position that makes up for what windows lose (Sec
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from osm_lightning.model import windows
 from osm_lightning.model.config import VisionConfig
-from osm_lightning.model.frozen import OwnsFrozen, freeze, missing_weights, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.lockstep import ALONE, Lockstep
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,6 +36,10 @@ class Tower(nn.Module):
     """Mean of its normalised pixels, in [0, 1]."""
     std: tuple[float, ...]
     """Standard deviation of its normalised pixels, in [0, 1]."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """Its transformer blocks: nearly all of its weights."""
+        raise NotImplementedError
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
         """Runs normalised pixels: [B, 3, w, w] -> CLS [B, E], patches [B, p, E] in row-major order."""
@@ -57,11 +63,15 @@ class Dinov2Tower(Tower):
             self.vit = Dinov2Model(Dinov2Config(**config.architecture))
         else:
             missing_weights("vision.name", config.name)
-            self.vit = Dinov2Model.from_pretrained(config.name, dtype=torch.float32)
+            self.vit = Dinov2Model.from_pretrained(config.name, dtype="auto")
         self.width = self.vit.config.hidden_size
         self.patch_size_px = cast("int", self.vit.config.patch_size)
         blocks = self.vit.encoder.layer
         self.vit.encoder.layer = blocks[: checked_depth(config, len(blocks))]
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The ones that are run."""
+        return self.vit.encoder.layer
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]."""
@@ -99,14 +109,18 @@ class OpenClipTower(Tower):
         if not hasattr(timm_vit, "blocks") and not hasattr(self.visual, "transformer"):
             raise ValueError(f"vision.name is {config.name!r}, which is no ViT and has no patch tokens. Use a ViT.")
         if timm_vit is not None:
-            self.depth, self.width = len(timm_vit.blocks), timm_vit.embed_dim
+            self._blocks, self.width = timm_vit.blocks, timm_vit.embed_dim
             self.patch_size_px = timm_vit.patch_embed.patch_size[0]
             self.norm = timm_vit.norm
         else:
-            self.depth, self.width = len(self.visual.transformer.resblocks), self.visual.conv1.out_channels
+            self._blocks, self.width = self.visual.transformer.resblocks, self.visual.conv1.out_channels
             self.patch_size_px = self.visual.patch_size[0]
             self.norm = self.visual.ln_post
-        self.depth = checked_depth(config, self.depth)
+        self.depth = checked_depth(config, len(self._blocks))
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """All, also those after the one whose output is wanted."""
+        return cast("nn.ModuleList", self._blocks)
 
     def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]."""
@@ -151,8 +165,12 @@ class VisionEncoder(OwnsFrozen):
     mean_311: Tensor
     std_311: Tensor
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, shard: Shard | None = None) -> None:
         """Builds the tower and loads its weights.
+
+        Args:
+            config: tower and input size.
+            shard: called with every block of the tower once it has its precision.
 
         Raises:
             ValueError: weights are missing, or the sizes don't fit the tower.
@@ -166,26 +184,29 @@ class VisionEncoder(OwnsFrozen):
                 f"vision.patch_size_px is {config.patch_size_px}, but the tower's are {tower.patch_size_px} px: "
                 f"set it to {tower.patch_size_px}."
             )
-        self.tower = freeze(tower.to(torch_dtype(config.dtype)))
+        self.tower = freeze(tower)
+        self.identity = fingerprint(tower)
+        place(tower, tower.blocks(), torch_dtype(config.dtype), shard)
         self.width = tower.width
         self.position_NE = nn.Parameter(torch.empty(config.num_windows + config.grid_side**2, tower.width))
         nn.init.normal_(self.position_NE, std=config.position_std)
         self.register_buffer("mean_311", torch.tensor(tower.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std_311", torch.tensor(tower.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images_I3SS: Tensor) -> Tensor:
+    def forward(self, images_I3SS: Tensor, lockstep: Lockstep = ALONE) -> Tensor:
         """Encodes images.
 
         Args:
             images_I3SS: uint8[I, 3, S, S], RGB, padded with zeros: padding is black before normalising, as released.
+            lockstep: how processes that share the tower's weights stay together.
 
         Returns:
             float[I, N, E], CLS of every window (W), then patches (G * G, row-major), with the global position added.
         """
-        return self.features(images_I3SS) + self.position_NE
+        return self.features(images_I3SS, lockstep) + self.position_NE
 
     @torch.no_grad()
-    def features(self, images_I3SS: Tensor) -> Tensor:
+    def features(self, images_I3SS: Tensor, lockstep: Lockstep = ALONE) -> Tensor:
         """float32[I, N, E], image tokens before the global position; no gradient, never under autocast."""
         config = self.config
         num_images = images_I3SS.shape[0]
@@ -194,13 +215,15 @@ class VisionEncoder(OwnsFrozen):
         dtype = next(self.tower.parameters()).dtype
         cls_parts, patch_parts = [], []
         with torch.autocast(images_I3SS.device.type, enabled=False):
-            for chunk in pixels.split(config.windows_per_chunk):
+            chunks = pixels.split(config.windows_per_chunk)
+            made_up = [pixels[:1]] * (lockstep.most(len(chunks)) - len(chunks))
+            for chunk in (*chunks, *made_up):
                 normal = (chunk.float() / 255 - self.mean_311.float()) / self.std_311.float()
                 cls, patches = self.tower(normal.to(dtype))
                 cls_parts.append(self._normed(cls).float())
                 patch_parts.append(self._normed(patches).float())
-        cls_IWE = torch.cat(cls_parts).view(num_images, config.num_windows, self.width)
-        patches_IWpE = torch.cat(patch_parts).view(num_images, config.num_windows, -1, self.width)
+        cls_IWE = torch.cat(cls_parts[: len(chunks)]).view(num_images, config.num_windows, self.width)
+        patches_IWpE = torch.cat(patch_parts[: len(chunks)]).view(num_images, config.num_windows, -1, self.width)
         return torch.cat([cls_IWE, windows.merge(patches_IWpE)], dim=1)
 
     def _normed(self, tokens: Tensor) -> Tensor:

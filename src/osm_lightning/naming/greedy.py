@@ -15,6 +15,7 @@ from torch import Tensor
 
 from osm_lightning.batch import Answer, MaskBatch, NamedMask, mode_index
 from osm_lightning.model.language import LanguageModel
+from osm_lightning.model.lockstep import ALONE, Lockstep
 from osm_lightning.model.osm import OSM, EncodedImages
 
 MAX_NEW_TOKENS = 12
@@ -35,7 +36,11 @@ class Generated:
 
 @torch.no_grad()
 def generate_greedy(
-    language: LanguageModel, prefix_RXZ: Tensor, eos_ids: Sequence[int], max_new_tokens: int = MAX_NEW_TOKENS
+    language: LanguageModel,
+    prefix_RXZ: Tensor,
+    eos_ids: Sequence[int],
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    lockstep: Lockstep = ALONE,
 ) -> list[Generated]:
     """Continues every row with its most probable token until EOS.
 
@@ -47,18 +52,22 @@ def generate_greedy(
         prefix_RXZ: float[R, X, Z], mask tokens, mode and prompt; no padding, all rows are equally long.
         eos_ids: ids that end a row.
         max_new_tokens: ids at most, EOS not counted as one of the name's.
+        lockstep: how processes that share the LLM's weights stay together.
 
     Returns:
         One result per row, in order.
     """
     results = [Generated([]) for _ in range(len(prefix_RXZ))]
-    if not results:
-        return results
     cache = language.new_cache()
     ends = torch.tensor(list(eos_ids), device=prefix_RXZ.device)
     alive_R = torch.arange(len(results), device=prefix_RXZ.device)
     step_RXZ = prefix_RXZ
     for _ in range(max_new_tokens):
+        if not lockstep.most(len(alive_R)):
+            break
+        if not len(alive_R):
+            language.step_along()
+            continue
         hidden_RZ = language.hidden(step_RXZ, cache)[:, -1]
         logprob_R, id_R = language.logits(hidden_RZ).log_softmax(-1).max(-1)
         going_R = ~torch.isin(id_R, ends)
@@ -69,13 +78,11 @@ def generate_greedy(
             if going:
                 results[row].token_ids.append(token)
                 results[row].logprob_no_eos += logprob
-        if not going_R.any():
-            break
+        step_RXZ = language.embed(id_R).unsqueeze(1)
         if not going_R.all():
             kept = going_R.nonzero().squeeze(1)
             cache.batch_select_indices(kept)
-            alive_R, id_R = alive_R[kept], id_R[kept]
-        step_RXZ = language.embed(id_R).unsqueeze(1)
+            alive_R, step_RXZ = alive_R[kept], step_RXZ[kept]
     return results
 
 
@@ -112,10 +119,12 @@ def name_masks(
     for mode in modes:
         in_mode = batch.in_mode(mode_index(mode, model.modes.names))
         prefix_RXZ = prompt_embeddings(model, images, in_mode)
+        chunks = prefix_RXZ.split(rows_per_chunk)
+        made_up = [prefix_RXZ[:0]] * (model.lockstep.most(len(chunks)) - len(chunks))
         generated = [
             result
-            for chunk_RXZ in prefix_RXZ.split(rows_per_chunk)
-            for result in generate_greedy(model.language, chunk_RXZ, eos_ids, max_new_tokens)
+            for chunk_RXZ in (*chunks, *made_up)
+            for result in generate_greedy(model.language, chunk_RXZ, eos_ids, max_new_tokens, model.lockstep)
         ]
         for answer, result in zip(answers, generated, strict=True):
             answer[mode] = Answer(

@@ -109,7 +109,7 @@ def set_aside(metrics: Path) -> None:
 class KeepConfig(SaveConfigCallback):
     """Writes the resolved config beside the logs of a fit, and into its checkpoints."""
 
-    PER_CALL = ("config", "ckpt", "run", "images", "masks", "modes", "out")
+    PER_CALL = ("config", "ckpt", "run", "images", "masks", "modes", "out", "trust_checkpoint", "async_save")
     """Settings that belong to one call of the command and not to what is trained."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

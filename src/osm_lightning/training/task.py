@@ -25,6 +25,7 @@ from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
+from osm_lightning.training.strategies import Sharding
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
 from osm_lightning.weights.trained import check_tensors, load_trained
 
@@ -36,6 +37,8 @@ class OSMTask(lightning.LightningModule):
     scores: nn.ModuleDict
     config_text: str = ""
     """Resolved config of the run; whoever parsed it sets it, and checkpoints carry it."""
+    trust_checkpoint: bool = False
+    """Whether folders of parts may be unpickled that do not bear our marker; whoever parsed the command sets it."""
 
     def __init__(
         self,
@@ -77,10 +80,23 @@ class OSMTask(lightning.LightningModule):
         """Builds the model once, under the strategy's context, so that it can be sharded while it is loaded."""
         if hasattr(self, "osm"):
             return
-        self.osm = OSM(self.vision, self.qformer, self.language, self.modes)
-        self._check_tokenizers()
+        strategy = self.trainer.strategy
+        sharding = strategy if isinstance(strategy, Sharding) else None
+        shard = None if sharding is None else sharding.shard_block
+        osm = OSM(self.vision, self.qformer, self.language, self.modes, shard)
+        self._check_tokenizers(osm)
         if self.weights is not None:
-            load_trained(self.osm, read_checkpoint(self.weights))
+            load_trained(osm, read_checkpoint(self.weights, self.trust_checkpoint))
+        if sharding is not None:
+            osm.lockstep = sharding.lockstep
+            self._data.in_step = osm.lockstep.together
+            sharding.shard_model(osm)
+        self.osm = osm
+        # DDP: every process has loaded the frozen weights itself.
+        trained = {name for name, _ in osm.trained()}
+        self._ddp_params_and_buffers_to_ignore = [
+            f"{PREFIX}{name}" for name, _ in osm.named_parameters() if name not in trained
+        ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what was trained, and adds the config and the identity of the frozen parts."""
@@ -177,6 +193,7 @@ class OSMTask(lightning.LightningModule):
         """Names all masks of the batch's images and counts the right ones."""
         (dataset,) = batch.datasets
         if not batch.num_masks:
+            self._keep_in_step(batch, self._modes_of(dataset), with_loss=True)
             return
         keep = batch.class_id_M != FREE_TEXT
         if not bool(keep.all()):
@@ -210,7 +227,20 @@ class OSMTask(lightning.LightningModule):
 
     def predict_step(self, batch: MaskBatch, batch_index: int) -> list[NamedMask]:
         """Names all masks of the batch's images."""
-        return self._name(batch, self.osm.encode(batch.images_I3SS), self.named_modes or [AGNOSTIC_NAME])
+        modes = self.named_modes or [AGNOSTIC_NAME]
+        if not batch.num_masks:
+            self._keep_in_step(batch, modes, with_loss=False)
+            return []
+        return self._name(batch, self.osm.encode(batch.images_I3SS), modes)
+
+    def _keep_in_step(self, batch: MaskBatch, modes: Sequence[str], with_loss: bool) -> None:
+        """Where processes share the weights: calls all that the others call, on a made-up mask that counts nowhere."""
+        if self.osm.lockstep.together:
+            made_up = batch.made_up()
+            images = self.osm.encode(made_up.images_I3SS)
+            if with_loss:
+                self.osm(made_up, images=images)
+            self._name(made_up, images, modes)
 
     def _name(self, batch: MaskBatch, images: EncodedImages, modes: Sequence[str]) -> list[NamedMask]:
         codec = self._data.codec
@@ -229,15 +259,15 @@ class OSMTask(lightning.LightningModule):
     def _data(self) -> OSMData:
         return cast("OSMData", cast("Any", self.trainer).datamodule)
 
-    def _check_tokenizers(self) -> None:
+    def _check_tokenizers(self, osm: OSM) -> None:
         codec, rows = self._data.codec, self.qformer.instruction_vocabulary
         if self.qformer.instruction_tokenizer and codec.instruction_vocabulary > rows:
             raise ValueError(
                 f"model.qformer.instruction_vocabulary is {rows}, but {self.qformer.instruction_tokenizer} has "
                 f"{codec.instruction_vocabulary} ids: set it to that."
             )
-        if codec.language_vocabulary > self.osm.language.vocabulary_size:
+        if codec.language_vocabulary > osm.language.vocabulary_size:
             raise ValueError(
                 f"the tokenizer has {codec.language_vocabulary} ids, but the LLM's vocabulary holds "
-                f"{self.osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
+                f"{osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
             )

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from osm_lightning.batch import mode_names
+from osm_lightning.weights.sharded import MARKER, is_sharded, partial_of, read_marker, read_sharded, whole
 
 CONTENT_KEY = "osm"
 """Key of our entry in a Lightning checkpoint."""
@@ -70,22 +72,44 @@ class Checkpoint:
         return yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads a `.ckpt` file or a folder of safetensors.
+def read_checkpoint(path: str | Path, trusted: bool = False) -> Checkpoint:
+    """Reads a `.ckpt` file, a folder of parts that several processes wrote, or a folder of safetensors.
+
+    Args:
+        path: the checkpoint, or `last`.
+        trusted: unpickle a folder of parts although it does not bear our marker.
 
     Raises:
         ValueError: there is nothing at the path, or it is not one of ours; a missing path is answered with the
             checkpoints that there are.
     """
     path = find_checkpoint(str(path))
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         return _read_folder(path)
+    content = read_training_state(path, trusted)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         ours = content[CONTENT_KEY]
         tensors = {key.removeprefix(PREFIX): value for key, value in content["state_dict"].items()}
         return Checkpoint(tensors, str(ours["config"]), dict(ours["frozen"]))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"checkpoint {path} was not written by `osm fit` ({error!r}).") from error
+
+
+def read_training_state(path: Path, trusted: bool = False) -> dict[str, Any]:
+    """Reads all of a checkpoint, whatever strategy wrote it, as a single process would have saved it.
+
+    Args:
+        path: a `.ckpt` file, or a folder of parts.
+        trusted: unpickle a folder although it does not bear our marker.
+
+    Raises:
+        ValueError: it is broken, or may hold code.
+    """
+    if path.is_dir():
+        return read_sharded(path, trusted)
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} was not written by `osm fit` ({error!r}).") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise ValueError(
@@ -101,12 +125,55 @@ def find_checkpoint(name: str, root: Path = Path("runs")) -> Path:
         ValueError: it does not exist; the answer names the checkpoints that do.
     """
     if name == "last":
-        newest = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime) if root.is_dir() else []
+        found = {path.with_name("last.ckpt") for path in root.rglob("*last.ckpt*")} if root.is_dir() else set()
+        newest = sorted(filter(None, map(whole, found)), key=_written_at)
         if newest:
             return newest[-1]
+    elif (path := whole(Path(name))) is not None:
+        return path
     elif Path(name).exists():
-        return Path(name)
+        return Path(name)  # a folder of parts without our marker: reading it says what that means
     raise ValueError(f"checkpoint {name!r} does not exist. {found_checkpoints(root)}")
+
+
+def config_of(path: Path, trusted: bool = False) -> Checkpoint:
+    """The config that a checkpoint carries; of a folder of parts that bears our marker, nothing else is opened.
+
+    Returns:
+        The checkpoint, in that case without its tensors.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    marker = read_marker(path) if path.is_dir() else None
+    return read_checkpoint(path, trusted) if marker is None else Checkpoint({}, marker.config, marker.frozen)
+
+
+def consolidate(path: Path, out: Path, trusted: bool = False) -> int:
+    """Makes one `.ckpt` file of a folder of parts, with all that it takes to go on from it.
+
+    Returns:
+        Number of trained tensors.
+
+    Raises:
+        ValueError: the folder cannot be read, or the file exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists. Remove it, or give another --out.")
+    content = read_training_state(path, trusted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(out)
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(out)
+    return len(content["state_dict"])
+
+
+def _written_at(path: Path) -> float:
+    """When it became whole: a folder's own time changes with its name."""
+    return ((path / MARKER) if path.is_dir() else path).stat().st_mtime
 
 
 def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:

@@ -26,7 +26,7 @@ def check_tensors(model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str
         ValueError: tensors are missing, unexpected or of another shape (a checkpoint of another model size), or a
             frozen part has other weights.
     """
-    wanted = {name: tuple(p.shape) for name, p in model.trained()}
+    wanted = model.trained_shapes()
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
     reshaped = [

@@ -1,0 +1,108 @@
+"""Every strategy trains, resumes and names as one process does; the processes are real, and talk over gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engines import Job, run
+
+from osm_lightning.training.strategies import STRATEGIES, OSMDeepSpeed
+from osm_lightning.weights.checkpoint import read_checkpoint, read_training_state
+from osm_lightning.weights.sharded import MARKER, partial_of, previous_of, read_marker, whole
+
+SHARED = [
+    "ddp",
+    "fsdp2",
+    pytest.param("deepspeed_zero2"),
+    pytest.param("deepspeed_zero3", marks=pytest.mark.cluster),
+]
+
+LOSS_ATOL = 1e-3
+"""After 30 steps; float32 sums in another order are all that differs."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of one process that trains on both processes' batches in turn, as if it accumulated them."""
+    return run(Job(tmp_path_factory.mktemp("alone"), steps=30, union_of=2, accumulate=2))[0]["losses"]
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_thirty_steps_have_the_losses_of_one_process(strategy: str, alone: list[float], tmp_path: Path) -> None:
+    ranks = run(Job(tmp_path, strategy, ranks=2, steps=30, accumulate=2))
+    mixed = [loss for pair in zip(*(rank["losses"] for rank in ranks), strict=True) for loss in pair]
+    assert len(mixed) == len(alone) == 120
+    torch.testing.assert_close(torch.tensor(mixed), torch.tensor(alone), atol=LOSS_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", SHARED)
+def test_a_resumed_run_is_that_of_no_interruption_bit_for_bit(strategy: str, tmp_path: Path) -> None:
+    settings = {"strategy": strategy, "ranks": 2, "steps": 6, "dropout": 0.1}
+    whole_run = run(Job(tmp_path, save="last.ckpt", **settings))
+    resumed = run(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **settings))
+    for before, after in zip(whole_run, resumed, strict=True):
+        assert after["losses"] == before["losses"][3:]
+    names = read_checkpoint(tmp_path / "last.ckpt").tensors
+    assert names
+    assert not any(name.startswith(("language.", "vision.tower.")) for name in names), "something frozen was written"
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("reader", ["auto", "ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("writer", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_checkpoints_are_opened_by_every_other_strategy(writer: str, reader: str, tmp_path: Path) -> None:
+    """Also by another number of processes, which takes data.resume_approximately."""
+    ranks = 1 if reader == "auto" else 2
+    before = run(Job(tmp_path, writer, ranks=2, steps=6, save="last.ckpt"))
+    data = {"resume_approximately": True}
+    after = run(Job(tmp_path, reader, ranks=ranks, steps=6, ckpt=str(tmp_path / "last.ckpt"), data=data))
+    if ranks == 2:
+        for one, other in zip(before, after, strict=True):
+            wanted = torch.tensor(one["losses"][3:])
+            torch.testing.assert_close(torch.tensor(other["losses"]), wanted, atol=LOSS_ATOL, rtol=0)
+    else:
+        assert len(after[0]["losses"]) > 0
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_scores_are_those_of_one_process(strategy: str, tmp_path: Path) -> None:
+    (one,) = run(Job(tmp_path / "one", validates=True))
+    for rank in run(Job(tmp_path / "many", strategy, ranks=2, validates=True)):
+        assert rank["scores"] == one["scores"]
+
+
+def test_offload_and_stages_are_constructed() -> None:
+    for name, (strategy, settings, _) in STRATEGIES.items():
+        made = strategy(**settings)
+        if isinstance(made, OSMDeepSpeed):
+            assert made.config["zero_optimization"]["stage"] == int(name[len("deepspeed_zero")])
+            assert ("offload_param" in made.config["zero_optimization"]) == name.endswith("offload")
+
+
+def test_a_folder_of_parts_without_our_marker_is_not_unpickled(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(ValueError, match=r"without our osm\.json.*run the code.*--trust-checkpoint"):
+        read_training_state(tmp_path)
+
+
+def test_whatever_a_stopped_save_leaves_one_whole_folder_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+
+    def folder(of: Path, marked: bool = True) -> None:
+        (of / "checkpoint").mkdir(parents=True)
+        if marked:
+            (of / MARKER).write_text(
+                '{"strategy": "", "world_size": 1, "step": 1, "config": "", "frozen": {}, "trained": {}, "groups": []}'
+            )
+
+    folder(partial_of(path), marked=False)
+    assert whole(path) is None  # the first save was stopped
+    folder(previous_of(path))
+    assert whole(path) == previous_of(path)  # stopped while renaming
+    folder(path)
+    assert whole(path) == path
+    assert read_marker(path).world_size == 1
