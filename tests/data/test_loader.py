@@ -5,6 +5,7 @@ import json
 import pytest
 from test_mixture import facts, make_mixture, make_source
 
+from osm_lightning.data import loader as loader_module
 from osm_lightning.data.loader import EpochLoader
 from osm_lightning.data.stream import Share
 
@@ -28,6 +29,27 @@ def test_a_resumed_loader_goes_on_exactly(tmp_path, num_workers, cuts):
         resumed = make_loader(source, num_workers)
         resumed.resume(state)
         assert facts(resumed) == (first[cut:] or second)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_ranks_that_are_resumed_again_and_again_go_on_exactly(tmp_path, monkeypatch, num_workers):
+    source = make_source(tmp_path, sizes=[4, 3, 5])
+    ranks = [Share(0, 2), Share(1, 2)]
+    whole = [facts(make_loader(source, num_workers, rank)) for rank in ranks]
+
+    def gather(gathered, _mine):
+        gathered[:] = [loader.own_places() for loader in loaders]
+
+    monkeypatch.setattr(loader_module.dist, "all_gather_object", gather)
+    loaders = [make_loader(source, num_workers, rank) for rank in ranks]
+    for step in range(6):
+        for loader, expected in zip(loaders, whole, strict=True):
+            assert facts([next(iter(loader))]) == expected[step : step + 1]
+        states = [json.loads(json.dumps(loader.state())) for loader in loaders]
+        assert states[0] == states[1]
+        loaders = [make_loader(source, num_workers, rank) for rank in ranks]
+        for loader, state in zip(loaders, states, strict=True):
+            loader.resume(state)
 
 
 def test_what_workers_prepared_ahead_is_not_taken_for_seen(tmp_path):

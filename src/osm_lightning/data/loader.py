@@ -68,6 +68,11 @@ class EpochLoader(DataLoader[MaskBatch]):
             yield mixed.batch
 
     @property
+    def _num_readers(self) -> int:
+        """Readers of this process: its workers, or itself."""
+        return max(1, self.num_workers)
+
+    @property
     def _readers(self) -> dict[str, Any]:
         """What must be the same for a state to be taken up exactly."""
         return {
@@ -76,15 +81,22 @@ class EpochLoader(DataLoader[MaskBatch]):
             "sources": [source.labels.dataset for source in self.dataset.sources],
         }
 
+    def own_places(self) -> dict[int, list[Any]]:
+        """Where the readers of this process are; of the others it knows no more than what a run was resumed with."""
+        first = self.dataset.rank.index * self._num_readers
+        return {
+            reader: [list(astuple(place)) for place in of]
+            for reader, of in self.progress.places.items()
+            if first <= reader < first + self._num_readers
+        }
+
     def state(self) -> dict[str, Any]:
         """How far all processes are; every process must call it at the same batch.
 
         Returns:
             Plain numbers, texts and lists, as a checkpoint may hold.
         """
-        places: dict[int, list[Any]] = {
-            reader: [list(astuple(place)) for place in of] for reader, of in self.progress.places.items()
-        }
+        places = self.own_places()
         if self.dataset.rank.count > 1:
             gathered: list[Any] = [None] * self.dataset.rank.count
             dist.all_gather_object(gathered, places)
@@ -122,5 +134,5 @@ class EpochLoader(DataLoader[MaskBatch]):
             warnings.warn(f"Resuming approximately: {changed}. The rest of the epoch is shuffled anew.", stacklevel=2)
             number = 1 + max(place.number for of in places.values() for place in of)
             fresh = (Place(number),) * len(self.dataset.sources)
-            places = dict.fromkeys(range(self.dataset.rank.count * max(1, self.num_workers)), fresh)
+            places = dict.fromkeys(range(self.dataset.rank.count * self._num_readers), fresh)
         self.progress = Progress(state["epoch"], state["delivered"], places)
