@@ -8,15 +8,11 @@ before anything slow begins.
 from __future__ import annotations
 
 import os
-import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,19 +21,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
+from osm_lightning.checkpoint_words import default_run, with_checkpoint
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
+from osm_lightning.missing_parts import missing_parts
 from osm_lightning.model.language import quiet_loading
-from osm_lightning.shard_folder import is_url, open_folder
-from osm_lightning.shard_index import INDEX_FILE
-from osm_lightning.training.callbacks import (
-    KeepConfig,
-    Throughput,
-    WriteScores,
-    checkpoints,
-    set_aside,
-)
+from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
 from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.guards import GradientGuard
@@ -46,9 +36,6 @@ from osm_lightning.training.strategies import STRATEGIES
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
 from osm_lightning.training.write_predictions import WritePredictions, naming_plan
-from osm_lightning.weights.checkpoint import config_of, find_checkpoint, found_checkpoints
-from osm_lightning.weights.registry import fetch_command
-from osm_lightning.weights.sharded import is_sharded
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,  # an epoch is a number of masks (data.masks_per_epoch)
@@ -270,91 +257,6 @@ class OSMCLI(LightningCLI):
         print(f"scores: {self.run_folder}/scores.json")
 
     after_test = after_validate
-
-
-def default_run() -> str:
-    """A new folder under `runs/`, the same for all processes of a run."""
-    job = os.environ.get("SLURM_JOB_ID")
-    stamp = f"slurm-{job}" if job else time.strftime("%Y%m%d-%H%M%S")
-    # Lightning starts the processes of other ranks with this environment.
-    return os.environ.setdefault("OSM_RUN", f"runs/{stamp}")
-
-
-def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
-    """Every shard set and weight that a config names and this machine lacks, each with the command that makes it."""
-    vision, language = options.model.vision, options.model.language
-    wanted = []
-    if vision.architecture is None:
-        tower = ("model.vision.name", vision.name) if vision.tower == "dinov2" else None
-        wanted.append(tower or ("model.vision.pretrained", vision.pretrained))
-    if language.architecture is None:
-        wanted.append(("model.language.name", language.name))
-    wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))
-    wanted.append(("model.weights", options.model.weights))
-    for setting, name in wanted:
-        if name is not None and name.startswith((".", "/", "weights/", "models/")) and not Path(name).exists():
-            command = fetch_command(name)
-            yield f"{setting}: {name}  ->  {command or 'no command makes it: give a folder that exists, or a hub id'}"
-    for key, source in options.data.sources.items() if with_shards else ():
-        folder = source.shards
-        there = open_folder(folder).index.splits if is_url(folder) or (Path(folder) / INDEX_FILE).is_file() else {}
-        for split in dict.fromkeys(filter(None, (source.train, source.val))):
-            if split not in there:
-                build = f"osm shards build {key} --src RAW_{key.upper()} --split {split} --out {folder}"
-                yield f"data.sources.{key}: split {split} of {folder}  ->  {build}"
-
-
-def with_checkpoint(argv: list[str]) -> list[str]:
-    """Lets `--ckpt X` bring its own config: given ones come after it, and win.
-
-    For fit the checkpoint is resumed by Lightning; elsewhere its trained parts are what the model starts from.
-
-    Raises:
-        ValueError: the checkpoint does not exist or is not one of ours.
-    """
-    command, rest = argv[0], [word.replace("--trust-checkpoint", "--trust_checkpoint=true") for word in argv[1:]]
-    argv = [command, *rest]
-    trusted = "--trust_checkpoint=true" in rest
-    if not any(word.split("=")[0] in {"--config", "-c", "--ckpt", "-h", "--help"} for word in rest):
-        raise ValueError(
-            "neither --config nor --ckpt is given, so there is no model: `osm --help` shows both. "
-            + found_checkpoints()
-        )
-    for place, word in enumerate(rest):
-        if word == "--ckpt" and place + 1 < len(rest):
-            path, length = rest[place + 1], 2
-        elif word.startswith("--ckpt="):
-            path, length = word.removeprefix("--ckpt="), 1
-        else:
-            continue
-        if path == "auto":
-            own = own_checkpoint(rest)
-            if own is None:
-                return [command, *rest[:place], *rest[place + length :]]
-            path = own
-        path = str(find_checkpoint(path))
-        checkpoint = config_of(Path(path), trusted)
-        if command == "fit" and Path(path).is_dir() and not is_sharded(Path(path)):
-            raise ValueError(
-                f"{path} is an exported folder, which has no optimizer state to go on from. Give a .ckpt file, or "
-                f"start a new run from its weights: --config {path}/config.yaml --model.weights {path}"
-            )
-        config = checkpoint.config if command == "fit" else checkpoint.config_elsewhere()
-        rest[place : place + length] = ["--ckpt", path]
-        weights = ["--model.weights", "null" if command == "fit" else path]
-        return [command, "--config", config, *rest, *weights]
-    return argv
-
-
-def own_checkpoint(words: list[str]) -> str | None:
-    """The last checkpoint in the folder of the run that the words are about, where there is one."""
-    given = [word.removeprefix("--run=") for word in words if word.startswith("--run=")]
-    given += [value for option, value in pairwise(words) if option == "--run"]
-    run = Path(given[-1] if given else default_run())
-    try:
-        return str(find_checkpoint("last", run))
-    except ValueError:
-        return None
 
 
 def main(argv: list[str]) -> None:
