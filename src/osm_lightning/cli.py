@@ -233,6 +233,8 @@ class OSMCLI(LightningCLI):
 
     def after_predict(self) -> None:
         """Says where the names are."""
+        if not self.trainer.is_global_zero:
+            return
         num_named, num_images = self.writing.num_named, len(self.segments)
         if num_named < num_images:
             print(f"named {num_named} of {num_images} images; the same command without limits names the rest.")
@@ -254,7 +256,8 @@ class OSMCLI(LightningCLI):
         """
         if not self.model.score_rows:
             raise ValueError("nothing was validated: no source has a `val` split, or trainer limits its batches to 0.")
-        print(f"scores: {self.run_folder}/scores.json")
+        if self.trainer.is_global_zero:
+            print(f"scores: {self.run_folder}/scores.json")
 
     after_test = after_validate
 

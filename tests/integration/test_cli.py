@@ -21,6 +21,7 @@ from PIL import Image
 from shapes_run import QUOTA, STEPS, run_osm, settings, write_shapes
 
 from osm_lightning.__main__ import OFFLINE_COMMANDS, TRAINER_COMMANDS, main
+from osm_lightning.training.callbacks import KeepConfig
 
 MODES = ("agnostic", "shapes")
 
@@ -128,7 +129,7 @@ def test_checkpoint_holds_what_was_trained_and_little_else(run: Path) -> None:
 def test_saved_config_makes_the_same_run_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here("fit", "--config", run / "config.yaml", "--print_config")
     printed = yaml.safe_load(capsys.readouterr().out)
-    printed = {key: value for key, value in printed.items() if key not in {"ckpt", "run"}}
+    printed = {key: value for key, value in printed.items() if key not in KeepConfig.PER_CALL}
     assert printed == yaml.safe_load((run / "config.yaml").read_text())
 
 

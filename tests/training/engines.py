@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tiny_training import scenes_data, tiny_task, trainer
+from torch.utils.data import DataLoader
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.data.module import OSMData
@@ -39,6 +40,8 @@ class Job:
     """Optimizer steps of an epoch; 0 does not fit."""
     union_of: int = 1
     """Ranks whose batches a single process trains on, taking turns."""
+    last_first: bool = False
+    """The last of these ranks has the first turn: the same steps, with gradients added in another order."""
     accumulate: int = 1
     save: str | None = None
     """Name of the checkpoint that is written on the way."""
@@ -60,6 +63,7 @@ class UnionOfRanks(OSMData):
     """The batches that several processes would have, for one: first batch of the first, first of the second ..."""
 
     num_ranks = 1
+    last_first = False
     share = Share()
 
     @property
@@ -70,14 +74,17 @@ class UnionOfRanks(OSMData):
     def batches_per_epoch(self) -> int:
         return self._num_batches() * self.num_ranks
 
-    def train_dataloader(self) -> list[MaskBatch]:
+    def train_dataloader(self) -> Any:
         loaders = []
         for index in range(self.num_ranks):
             self.share = Share(index, self.num_ranks)
             loaders.append(list(super().train_dataloader()))
         self.share = Share(0, self.num_ranks)
         self._loader = None
-        return [batch for batches in zip(*loaders, strict=True) for batch in batches]
+        if self.last_first:
+            loaders.reverse()
+        batches = [batch for turns in zip(*loaders, strict=True) for batch in turns]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list would be many loaders
 
 
 class Record(Callback):
@@ -108,7 +115,7 @@ def work(job: Job) -> dict[str, Any]:
     width = job.ranks * job.union_of * job.accumulate
     data = scenes_data(task, steps=max(1, job.steps) * width, quota=4, masks_per_image=2, **job.data)
     if job.union_of > 1:
-        data.__class__, data.num_ranks = UnionOfRanks, job.union_of
+        data.__class__, data.num_ranks, data.last_first = UnionOfRanks, job.union_of, job.last_first
         data.share = Share(0, job.union_of)
     loop = trainer(
         job.folder,

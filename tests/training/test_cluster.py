@@ -97,6 +97,7 @@ def test_messages_say_where_they_are_from(
 ) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     label_messages()
+    label_messages()  # as each command does that runs in this process
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert rank_label() == label

@@ -125,7 +125,7 @@ def options(tmp_path: Path) -> Namespace:
     model |= {"max_new_tokens": 12, "weights": str(tmp_path / "ckpt"), "optim": {"lr": 1.0}}
     write_checkpoint(tmp_path / "ckpt")
     trainer = {"precision": "32-true", "devices": 1}
-    found = dict_to_namespace({"model": model, "trainer": trainer, "seed_everything": 0})
+    found = dict_to_namespace({"model": model, "trainer": trainer, "seed_everything": 0, "trust_checkpoint": False})
     found.modes = ["agnostic", "coco"]
     return found
 

@@ -91,15 +91,22 @@ def meeting() -> Iterator[None]:
         ) from error
 
 
+PLAIN_WARNING = warnings.formatwarning
+"""As it is without labels."""
+
+
 class _Labelled(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return rank_label() + super().format(record)
 
 
+def _labelled_warning(*words: Any, **named: Any) -> str:
+    return rank_label() + PLAIN_WARNING(*words, **named)
+
+
 def label_messages() -> None:
-    """Has every warning and log line say which rank it is from, where there are several."""
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *words, **named: rank_label() + plain(*words, **named)
+    """Has every warning and log line say which rank it is from, where there are several; again is no harm."""
+    warnings.formatwarning = _labelled_warning
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(_Labelled())

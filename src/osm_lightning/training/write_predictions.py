@@ -166,10 +166,10 @@ def naming_plan(source: SegmentSource, options: Namespace) -> Plan:
     """
     model = options.model.as_dict()
     settings = json.dumps({name: model[name] for name in NAMING_SETTINGS}, sort_keys=True, default=str)
-    weights = options.model.weights
+    weights, untrained = options.model.weights, f"none, seed {options.seed_everything}"
     return {
         "osm_lightning": version("osm_lightning"),
-        "checkpoint": f"none, seed {options.seed_everything}" if weights is None else _fingerprint(weights),
+        "checkpoint": untrained if weights is None else _fingerprint(weights, options.trust_checkpoint),
         "model settings": hashlib.sha256(settings.encode()).hexdigest()[:16],
         "precision": str(options.trainer.precision),
         "modes": ",".join(options.modes),
@@ -177,9 +177,9 @@ def naming_plan(source: SegmentSource, options: Namespace) -> Plan:
     }
 
 
-def _fingerprint(path: str) -> str:
+def _fingerprint(path: str, trusted: bool) -> str:
     """Of the trained tensors, bit by bit, and of the frozen parts that they need. Its form and place don't count."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, trusted)
     digest = hashlib.sha256(json.dumps(dict(checkpoint.frozen), sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
