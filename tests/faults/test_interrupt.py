@@ -1,6 +1,9 @@
 """A fit that is asked to stop saves, ends, and goes on exactly, whatever it was at and whichever rank was asked."""
 
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from processes import Fit, finish, lines, same
@@ -71,3 +74,28 @@ def test_no_validation_is_lost_at_the_end_of_an_epoch(tmp_path, wholes, after_li
     assert asked_to_stop(tmp_path, signal.SIGUSR1, after_lines, **settings) == [138]
     finish(tmp_path, interruptible=True, **settings)
     same(tmp_path, wholes(**settings))
+
+
+ASKED_TOO_LATE = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {path}
+from fitting import fit
+
+class AtTheEnd:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {asked})
+
+fit(Path({folder!r}), num_workers=0, steps=2, interruptible=True)
+at_the_end = AtTheEnd()  # until the interpreter clears its modules, when it has no handlers any more
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_is_through_is_not_killed_on_its_last_metres(tmp_path, asked):
+    tests = Path(__file__).parents[1]
+    path = [str(tests / "faults"), str(tests / "training")]
+    script = ASKED_TOO_LATE.format(path=path, asked=int(asked), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path) == 4
