@@ -16,11 +16,13 @@ import torch
 from local_slurm import LocalSlurm
 from shapes_run import QUOTA, ROOT, settings, write_shapes
 
+from osm_lightning.weights.checkpoint import read_training_state
+
 pytestmark = pytest.mark.cluster
 
 NODES = 2
-ENGINES = {"ddp": ("--trainer.strategy", "ddp")}
-"""Words of the command that choose an engine."""
+ENGINES = ("ddp", "deepspeed_zero2")
+"""Strategies: one whose checkpoint is a file, one whose checkpoint is a folder."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ class Cluster:
     def __init__(self, slurm: LocalSlurm, folder: Path, engine: str) -> None:
         self.slurm, self.folder = slurm, folder
         write_shapes(folder / "shapes")
-        self.words = [*settings(folder / "shapes"), *ENGINES[engine]]
+        self.words = [*settings(folder / "shapes"), "--trainer.strategy", engine]
 
     def fit(self, steps: int, *options: str) -> str:
         """Submits a fit of two epochs and returns the job's id."""
@@ -75,7 +77,7 @@ class Cluster:
 
     def result(self, job: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
         """What the run has trained, and its scores."""
-        content = torch.load(self.run(job) / "checkpoints" / "last.ckpt", weights_only=True)
+        content = read_training_state(self.run(job) / "checkpoints" / "last.ckpt")
         return content["state_dict"], json.loads((self.run(job) / "scores.json").read_text())
 
 

@@ -14,14 +14,17 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from tiny_training import scenes_data, tiny_task, trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from osm_lightning.batch import MaskBatch
+from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
+from osm_lightning.weights.sharded import whole
 
 
 class Diary(Callback):
@@ -37,7 +40,7 @@ class Diary(Callback):
             "number": trainer.fit_loop.total_batch_idx,
             "batch": digest(batch),
             "loss": float(outputs["loss"]).hex(),
-            "weights": digest_of(dict(cast("OSMTask", pl_module).osm.trained())),
+            "weights": digest_of(trained(cast("OSMTask", pl_module))),
         }
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -57,6 +60,12 @@ class Poison(Callback):
             hook = projection.register_forward_hook(lambda module, given, made: (hook.remove(), made * float("nan"))[1])
 
 
+def trained(task: OSMTask) -> dict[str, Tensor]:
+    """What is trained, whole also where a process holds a part of it: then all of them must ask."""
+    tensors = {name: parameter.detach() for name, parameter in task.osm.trained()}
+    return {name: of.full_tensor() if isinstance(of, DTensor) else of for name, of in tensors.items()}
+
+
 def digest(batch: MaskBatch) -> str:
     """sha256 of everything in a batch."""
     return digest_of({field.name: getattr(batch, field.name) for field in fields(batch)})
@@ -66,8 +75,7 @@ def digest_of(values: Mapping[str, Any]) -> str:
     """sha256 of tensors and of whatever else there is."""
     sha = hashlib.sha256()
     for value in values.values():
-        value = value.detach() if isinstance(value, torch.Tensor) else value
-        sha.update(value.numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
+        sha.update(value.numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode())
     return sha.hexdigest()
 
 
@@ -75,6 +83,7 @@ def fit(
     folder: Path,
     num_workers: int,
     ranks: int = 1,
+    strategy: str = "ddp",
     steps: int = 12,
     interruptible: bool = False,
     poisoned: Mapping[int, Sequence[int]] = MappingProxyType({}),
@@ -88,6 +97,7 @@ def fit(
         folder: where all is written.
         num_workers: processes that prepare batches.
         ranks: processes that train.
+        strategy: of several ranks.
         steps: batches of an epoch.
         interruptible: save when a signal comes, instead of every second step.
         poisoned: from a rank to the numbers of its batches that are made useless.
@@ -112,22 +122,24 @@ def fit(
         folder,
         max_epochs=2,
         devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
+        strategy=strategy if ranks > 1 else "auto",
         enable_checkpointing=True,
         use_distributed_sampler=False,
+        plugins=[WholeFiles()],
         callbacks=[
             WatchRanks(),
             Poison(poisoned.get(rank, ())),
-            Diary(diary_path(folder, rank)),
             GradientGuard(max_skipped_in_row=2, spike_factor=10),
+            Diary(diary_path(folder, rank)),  # behind the guard, which ends DeepSpeed's run after the step
             *saving,
         ],
         **settings,
     )
-    path = folder / "last.ckpt"
-    loop.fit(task, datamodule=data, ckpt_path=str(path) if path.exists() else None, weights_only=True)
+    saved = whole(folder / "last.ckpt")
+    loop.fit(task, datamodule=data, ckpt_path=None if saved is None else str(saved), weights_only=True)
+    at_end = trained(task)
     if rank == 0:
-        torch.save(dict(task.osm.trained()), folder / "trained.pt")
+        torch.save(at_end, folder / "trained.pt")
 
 
 def diary_path(folder: Path, rank: int = 0) -> Path:

@@ -5,39 +5,27 @@ import signal
 import time
 
 import pytest
-from test_interrupt import CONTEXT, _own_group, free_port, lines
+from processes import Fit
 
 DEADLINE_S = 60
-
-
-def told(folder, rank, *words, **settings):
-    """A rank whose messages go to a file."""
-    with (folder / f"stderr-{rank}.txt").open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    _own_group(rank, *words, **settings)
 
 
 def end_of_two(folder, done_to, whom):
     """Lets two ranks train, does something to one of them, and waits for the other.
 
     Returns:
-        Its exit code, what it said, and how long it took.
+        Its exit code, what it said, how long it took, and the process id of the first.
     """
-    arguments = (folder, 0, 2, free_port())
-    processes = [CONTEXT.Process(target=told, args=(folder, rank, *arguments)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    while lines(folder) < 4:
-        assert all(process.is_alive() for process in processes)
-        time.sleep(0.01)
-    os.kill(processes[whom].pid, done_to)
+    run = Fit(folder, ranks=2)
+    run.wait_for_lines(4)
+    assert run.all_alive(), run.said(0) + run.said(1)
+    run.signal(done_to, whom)
     began_s = time.monotonic()
-    other = processes[1 - whom]
+    other = run.processes[1 - whom]
     other.join(DEADLINE_S)
-    passed_s = time.monotonic() - began_s
-    processes[whom].kill()
-    processes[whom].join()
-    return other.exitcode, (folder / f"stderr-{1 - whom}.txt").read_text(), passed_s, processes[whom].pid
+    code, passed_s = other.exitcode, time.monotonic() - began_s
+    run.kill()
+    return code, run.said(1 - whom), passed_s, run.pid(whom)
 
 
 @pytest.mark.parametrize("whom", [0, 1])

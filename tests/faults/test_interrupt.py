@@ -1,47 +1,29 @@
 """A fit that is asked to stop saves, ends, and goes on exactly, whatever it was at and whichever rank was asked."""
 
-import os
 import signal
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from fitting import diary
-from test_resume import CONTEXT, _own_group, free_port, lines
+from processes import Fit, finish, lines, same
 
 EXIT_CODES = {signal.SIGUSR1: 138, signal.SIGTERM: 143, signal.SIGINT: 130}
 
+ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("deepspeed_zero2", "fsdp2"))]
 
-def run(folder, asked=None, after_lines=0, ranks=1, to=(0,), **settings):
-    """Fits in processes of its own, and asks some of them to stop once the diary has so many more lines.
+
+def asked_to_stop(folder, asked, after_lines, to=(0,), **settings):
+    """Fits until rank 0's diary has so many more lines, and asks some ranks to stop.
 
     Returns:
         The processes' exit codes.
     """
-    wanted = lines(folder) + after_lines
-    arguments = (folder, 0, ranks, free_port())
-    keywords = {"interruptible": True, **settings}
-    processes = [CONTEXT.Process(target=_own_group, args=(rank, *arguments), kwargs=keywords) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    while asked is not None and processes[0].is_alive() and lines(folder) < wanted:
-        time.sleep(0.002)
-    if asked is not None:
-        for rank in to:
-            os.kill(processes[rank].pid, asked)
-    for process in processes:
-        process.join(300)
-        assert process.exitcode is not None, "it does not end"
-    return [process.exitcode for process in processes]
-
-
-def same(folder, whole, ranks=1):
-    for rank in range(ranks):
-        assert diary(folder, rank) == diary(whole, rank)
-    trained, expected = torch.load(folder / "trained.pt"), torch.load(whole / "trained.pt")
-    assert trained.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(trained[name], tensor), name
+    run = Fit(folder, interruptible=True, **settings)
+    run.wait_for_lines(after_lines)
+    assert run.all_alive(), run.said()
+    run.signal(asked, *to)
+    return run.wait()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +35,7 @@ def wholes(tmp_path_factory):
         key = repr(settings)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("whole")
-            assert run(made[key], **settings) == [0] * settings.get("ranks", 1)
+            finish(made[key], interruptible=True, **settings)
         return made[key]
 
     return whole
@@ -61,35 +43,59 @@ def wholes(tmp_path_factory):
 
 @pytest.mark.parametrize("asked", EXIT_CODES)
 def test_a_fit_that_is_asked_to_stop_goes_on_exactly(tmp_path, wholes, asked):
-    whole = wholes()
     for after_lines in (3, 8, 4):
-        assert run(tmp_path, asked, after_lines) == [EXIT_CODES[asked]]
-    assert run(tmp_path) == [0]
-    same(tmp_path, whole)
+        assert asked_to_stop(tmp_path, asked, after_lines) == [EXIT_CODES[asked]]
+    finish(tmp_path, interruptible=True)
+    same(tmp_path, wholes())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_all_ranks_stop_when_one_is_asked(tmp_path, wholes, rank):
-    whole = wholes(ranks=2)
-    assert run(tmp_path, signal.SIGTERM, 5, ranks=2, to=(rank,)) == [143, 143]
-    assert lines(tmp_path) >= 5
-    assert run(tmp_path, ranks=2) == [0, 0]
-    same(tmp_path, whole, ranks=2)
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_all_ranks_stop_when_one_is_asked(tmp_path, wholes, strategy, rank):
+    settings = {"ranks": 2, "strategy": strategy}
+    for after_lines in (5, 6):
+        assert asked_to_stop(tmp_path, signal.SIGTERM, after_lines, to=(rank,), **settings) == [143, 143]
+    finish(tmp_path, interruptible=True, **settings)
+    same(tmp_path, wholes(**settings), ranks=2)
 
 
-def test_it_stops_between_optimizer_steps(tmp_path, wholes):
-    settings = {"ranks": 2, "accumulate_grad_batches": 3}
-    whole = wholes(**settings)
-    assert run(tmp_path, signal.SIGUSR1, 7, to=(0, 1), **settings) == [138, 138]
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_it_stops_between_optimizer_steps(tmp_path, wholes, strategy):
+    settings = {"ranks": 2, "strategy": strategy, "accumulate_grad_batches": 3}
+    assert asked_to_stop(tmp_path, signal.SIGUSR1, 7, to=(0, 1), **settings) == [138, 138]
     assert lines(tmp_path) % 3 == 0
-    assert run(tmp_path, **settings) == [0, 0]
-    same(tmp_path, whole, ranks=2)
+    finish(tmp_path, interruptible=True, **settings)
+    same(tmp_path, wholes(**settings), ranks=2)
 
 
 @pytest.mark.parametrize("after_lines", [11, 12, 13])
 def test_no_validation_is_lost_at_the_end_of_an_epoch(tmp_path, wholes, after_lines):
     settings = {"limit_val_batches": 4}
-    whole = wholes(**settings)
-    assert run(tmp_path, signal.SIGUSR1, after_lines, **settings) == [138]
-    assert run(tmp_path, **settings) == [0]
-    same(tmp_path, whole)
+    assert asked_to_stop(tmp_path, signal.SIGUSR1, after_lines, **settings) == [138]
+    finish(tmp_path, interruptible=True, **settings)
+    same(tmp_path, wholes(**settings))
+
+
+ASKED_TOO_LATE = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {path}
+from fitting import fit
+
+class AtTheEnd:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {asked})
+
+fit(Path({folder!r}), num_workers=0, steps=2, interruptible=True)
+at_the_end = AtTheEnd()  # until the interpreter clears its modules, when it has no handlers any more
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_run_that_is_through_is_not_killed_on_its_last_metres(tmp_path, asked):
+    tests = Path(__file__).parents[1]
+    path = [str(tests / "faults"), str(tests / "training")]
+    script = ASKED_TOO_LATE.format(path=path, asked=int(asked), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path) == 4

@@ -2,10 +2,11 @@
 
 import pytest
 from fitting import diary
-from test_interrupt import run
-from test_resume import lines
+from processes import Fit, finish, lines
 
 LOSS, WEIGHTS = 1, 2
+
+ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("deepspeed_zero2", "fsdp2"))]
 
 
 def weights(folder, rank=0):
@@ -19,22 +20,27 @@ def skipped(folder, rank=0):
 
 
 @pytest.mark.parametrize("poisoned", [{1: [5]}, {0: [5], 1: [5]}])
-def test_ranks_skip_the_same_steps_together(tmp_path, poisoned):
-    assert run(tmp_path, ranks=2, poisoned=poisoned) == [0, 0]
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_ranks_skip_the_same_steps_together(tmp_path, strategy, poisoned):
+    finish(tmp_path, ranks=2, strategy=strategy, poisoned=poisoned)
     assert [rank for rank in (0, 1) if diary(tmp_path, rank)[5][LOSS] == "nan"] == list(poisoned)
     assert weights(tmp_path, 0) == weights(tmp_path, 1)
     assert skipped(tmp_path) == [5]
 
 
-def test_a_skipped_step_takes_its_accumulated_batches_along(tmp_path):
-    assert run(tmp_path, ranks=2, poisoned={1: [6]}, accumulate_grad_batches=3) == [0, 0]
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_a_skipped_step_takes_its_accumulated_batches_along(tmp_path, strategy):
+    finish(tmp_path, ranks=2, strategy=strategy, poisoned={1: [6]}, accumulate_grad_batches=3)
     assert weights(tmp_path, 0) == weights(tmp_path, 1)
     stepped = set(range(1, 24)) - set(skipped(tmp_path))
     assert stepped == {2, 5, 11, 14, 17, 20, 23}
 
 
-def test_too_many_in_a_row_end_all_ranks(tmp_path):
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_too_many_in_a_row_end_all_ranks(tmp_path, strategy):
     """Two may be skipped in a row (`fitting.py`); a good step between starts the count anew."""
-    assert run(tmp_path, ranks=2, poisoned={1: [3, 4, 6, 7, 8]}) == [1, 1]
+    run = Fit(tmp_path, ranks=2, strategy=strategy, poisoned={1: [3, 4, 6, 7, 8]})
+    assert run.wait() == [1, 1]
+    assert "ValueError: the gradient is no number at step" in run.said(1)
     assert skipped(tmp_path) == [3, 4, 6, 7]
     assert lines(tmp_path) == 8

@@ -23,7 +23,7 @@ from osm_lightning.training.requeue import requeue_job
 STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """What stops a fit; where ranks got different ones, the later in this row counts."""
 
-REQUEUES = {signal.SIGUSR1, signal.SIGTERM}
+REQUEUES = (signal.SIGUSR1, signal.SIGTERM)
 """Those after which a Slurm job is to run again: its time is nearly over, or it has to make room."""
 
 
@@ -112,6 +112,15 @@ class Interrupt(Callback):
         """Stops between two epochs; after the last one there is nothing left to stop."""
         if trainer.fit_loop.epoch_progress.current.processed != trainer.max_epochs:
             self._stop_if_asked(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A run that has come to its end has nothing to save, nor is its job to run again: it ends with code 0.
+
+        Ignored and not only handled: at its end the interpreter takes handlers back, and a signal would kill it.
+        """
+        for stop in REQUEUES:
+            signal.signal(stop, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Marks a checkpoint that is written before a validation as one from which to validate.
