@@ -18,7 +18,7 @@ PACKAGE = "osm_lightning"
 SOURCES = Path(osm_lightning.__file__).parent
 
 LAYERS = (
-    {"rle", "rank_label", "whole_file"},
+    {"picture", "rank_label", "rle", "whole_file"},
     {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index", "shard_transport"},
     {"shard_folder", "shard_tar"},
     {"shards", "data", "model"},

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_shards import noise_image
 
 from osm_lightning.data.geometry import Placement, context_box, draw, fit, place_image, place_quickly
-from osm_lightning.record import decode_jpeg
+from osm_lightning.picture import decode_jpeg
 
 SIZES = [(1, 1), (64, 64), (640, 480), (480, 640), (427, 640), (1001, 1000), (1000, 1001), (3, 1000), (1000, 1), (2, 3)]
 CROPPED = [

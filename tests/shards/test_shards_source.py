@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from osm_lightning.record import decode_image
+from osm_lightning.picture import decode_image
 from osm_lightning.shards.source import Findings, as_upright, read_header, stays_inside
 
 EXIF_ORIENTATION = 0x0112

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from osm_lightning.record import BROKEN_IMAGE, MAX_IMAGE_PIXELS, Record, Segment
+from osm_lightning.picture import BROKEN_IMAGE, MAX_IMAGE_PIXELS
+from osm_lightning.record import Record, Segment
 from osm_lightning.rle import area_and_box, encode_rle
 from osm_lightning.shards.conversion import RawSplit
 from osm_lightning.shards.names import IMAGE_SUFFIXES, files_by_stem, sample_keys, spoken

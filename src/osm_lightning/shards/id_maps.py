@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from osm_lightning.record import BROKEN_IMAGE, Record, Segment, box_of, encode_segment_map
+from osm_lightning.picture import BROKEN_IMAGE
+from osm_lightning.record import Record, Segment, box_of, encode_segment_map
 from osm_lightning.shards.conversion import RawSplit
 from osm_lightning.shards.source import Findings, as_upright, read_header
 

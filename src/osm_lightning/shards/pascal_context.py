@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from osm_lightning.datasets import ignored_ids
-from osm_lightning.record import MAX_IMAGE_PIXELS, Segment
+from osm_lightning.picture import MAX_IMAGE_PIXELS
+from osm_lightning.record import Segment
 from osm_lightning.shards.conversion import RawSplit
 from osm_lightning.shards.id_maps import IdMap, MappedImage, existing_folders, ids_in, raw_split
 from osm_lightning.vocabulary import Vocabulary

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from osm_lightning.datasets import ignored_ids as ignored_ids_of
-from osm_lightning.record import BROKEN_IMAGE, MAX_IMAGE_PIXELS, Segment
+from osm_lightning.picture import BROKEN_IMAGE, MAX_IMAGE_PIXELS
+from osm_lightning.record import Segment
 from osm_lightning.shards.conversion import RawSplit
 from osm_lightning.shards.id_maps import IdMap, MappedImage, ids_in
 from osm_lightning.shards.names import IMAGE_SUFFIXES, files_by_stem, sample_keys

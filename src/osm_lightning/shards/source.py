@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from osm_lightning.record import MAX_IMAGE_PIXELS
+from osm_lightning.picture import MAX_IMAGE_PIXELS
 
 MAX_EXAMPLES = 5
 _ENDING_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

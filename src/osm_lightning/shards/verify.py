@@ -21,7 +21,8 @@ from threading import Thread
 import numpy as np
 
 from osm_lightning.datasets import ignored_ids
-from osm_lightning.record import Record, Segment, box_of, decode_image, encode_segment_map
+from osm_lightning.picture import decode_image
+from osm_lightning.record import Record, Segment, box_of, encode_segment_map
 from osm_lightning.rle import area_and_box, check_fills, decode_runs
 from osm_lightning.shard_index import ShardInfo
 from osm_lightning.shard_tar import MAX_MEMBER_BYTES, Entry, Member, read_record

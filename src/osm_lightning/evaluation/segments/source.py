@@ -10,7 +10,8 @@ from pathlib import Path
 
 from osm_lightning.evaluation.segments.layouts import find_masks
 from osm_lightning.evaluation.segments.stored import ImageMasks, Masks
-from osm_lightning.record import Record, decode_image, encode_segment_map
+from osm_lightning.picture import decode_image
+from osm_lightning.record import Record, encode_segment_map
 
 IMAGE_ENDINGS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 """From a file's ending, in lower case, to a record's."""

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from osm_lightning import record as record_module
-from osm_lightning.record import Record, decode_image, decode_jpeg
+from osm_lightning import picture as picture_module
+from osm_lightning.picture import decode_image, decode_jpeg
+from osm_lightning.record import Record
 
 HEIGHT, WIDTH = 8, 16
 COLOUR = (200, 100, 50)
@@ -123,7 +124,7 @@ def test_image_above_pillows_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_image_above_our_own_limit_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_module, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH)
+    monkeypatch.setattr(picture_module, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH)
     pixel(packed(plain()))
     header_only = packed(Image.new("RGB", (WIDTH, HEIGHT + 1)))[:50]
     with pytest.raises(ValueError, match="image sample is 16 x 9 px; more than 128 pixels are refused"):
