@@ -50,7 +50,7 @@ def test_thirty_steps_have_the_losses_of_one_process(
     ranks = run(Job(tmp_path, strategy, ranks=2, steps=30, accumulate=accumulate))
     losses = torch.tensor([rank["losses"] for rank in ranks]).T.flatten()
     assert len(losses) == len(alone) == 60 * accumulate
-    assert alone[-10:].mean() < 0.8 * alone[:10].mean(), "nothing was learnt"
+    assert alone[:10].mean() - alone[-10:].mean() > 100 * LOSS_ATOL, "training moves too little for this to say much"
     assert far_apart(f"{strategy}, accumulate {accumulate}", losses, alone) < LOSS_ATOL
 
 
