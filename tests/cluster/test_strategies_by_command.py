@@ -119,7 +119,7 @@ def test_a_run_goes_on_and_its_checkpoint_is_used_everywhere(
     assert val_loss(tmp_path / "again") == pytest.approx(val_loss(run), rel=1e-6)
     osm("weights", "consolidate", "--ckpt", last, "--out", tmp_path / "one.ckpt")
     osm("validate", "--ckpt", tmp_path / "one.ckpt", "--run", tmp_path / "one")
-    assert val_loss(tmp_path / "one") == pytest.approx(val_loss(run), rel=1e-6)
+    assert scores(tmp_path / "one") == scores(run)  # val/loss of two ranks is that of rank 0's images
     if last.is_dir():
         (last / MARKER).unlink()
         words = ["predict", "--ckpt", last, *photos]
