@@ -97,7 +97,8 @@ class Record(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
     ) -> None:
-        self.losses.append(float(outputs["loss"]))
+        # Lightning hands over the share of an accumulated step; a power of two, so that nothing is rounded.
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         if self.job.save and trainer.global_step == self.job.save_at and len(self.losses) % self.job.accumulate == 0:
             trainer.save_checkpoint(self.job.folder / self.job.save)
 

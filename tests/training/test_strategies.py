@@ -19,7 +19,9 @@ SHARED = [
     pytest.param("deepspeed_zero3", marks=pytest.mark.cluster),
 ]
 
-LOSS_ATOL = 1e-3
+LOSS_ATOL = 2.5e-4
+"""Ten times what another order of addition alone makes of 30 steps: 2.4e-5 on losses of 7, where accumulating under DDP
+adds the same four gradients in other pairs (docs/results.md). It is not fitted to the engines."""
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda number: f"accumulate {number}")
@@ -50,7 +52,7 @@ def test_thirty_steps_have_the_losses_of_one_process(
     ranks = run(Job(tmp_path, strategy, ranks=2, steps=30, accumulate=accumulate))
     losses = torch.tensor([rank["losses"] for rank in ranks]).T.flatten()
     assert len(losses) == len(alone) == 60 * accumulate
-    assert alone[-10:].mean() < 0.8 * alone[:10].mean(), "nothing was learnt"
+    assert alone[:10].mean() - alone[-10:].mean() > 100 * LOSS_ATOL, "training moves too little for this to say much"
     assert far_apart(f"{strategy}, accumulate {accumulate}", losses, alone) < LOSS_ATOL
 
 
