@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -87,6 +88,7 @@ def fit(
     steps: int = 12,
     interruptible: bool = False,
     poisoned: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    slow_disk_s: float = 0.0,
     **settings: Any,
 ) -> None:
     """Fits for two epochs, from the folder's last.ckpt where there is one; saves every second step.
@@ -101,10 +103,14 @@ def fit(
         steps: batches of an epoch.
         interruptible: save when a signal comes, instead of every second step.
         poisoned: from a rank to the numbers of its batches that are made useless.
+        slow_disk_s: how long the disk takes to have a file for good.
         settings: the trainer's.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if slow_disk_s:
+        sync = os.fsync
+        os.fsync = lambda file: (time.sleep(slow_disk_s), sync(file))[1]
     task = tiny_task()
     data = scenes_data(task, steps=steps * ranks, num_workers=num_workers, masks_per_image=2)
     moments: tuple[dict[str, Any], ...] = (

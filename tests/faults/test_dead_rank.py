@@ -28,7 +28,7 @@ def end_of_two(folder, done_to, whom):
     return code, run.said(1 - whom), passed_s, run.pid(whom)
 
 
-@pytest.mark.parametrize("whom", [0, 1])
+@pytest.mark.parametrize("whom", [pytest.param(0, marks=pytest.mark.cluster), 1])
 def test_a_killed_rank_ends_the_other_at_once(tmp_path, whom):
     code, message, passed_s, pid = end_of_two(tmp_path, signal.SIGKILL, whom)
     assert code == 1

@@ -10,7 +10,13 @@ from processes import Fit, finish, lines, same
 
 EXIT_CODES = {signal.SIGUSR1: 138, signal.SIGTERM: 143, signal.SIGINT: 130}
 
-ENGINES = ["ddp", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("deepspeed_zero2", "fsdp2"))]
+
+def cluster(value):
+    """A parameter that is too much for `make test`."""
+    return pytest.param(value, marks=pytest.mark.cluster)
+
+
+ENGINES = ["ddp", cluster("deepspeed_zero2"), cluster("fsdp2")]
 
 
 def asked_to_stop(folder, asked, after_lines, to=(0,), **settings):
@@ -41,7 +47,7 @@ def wholes(tmp_path_factory):
     return whole
 
 
-@pytest.mark.parametrize("asked", EXIT_CODES)
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, cluster(signal.SIGTERM), cluster(signal.SIGINT)])
 def test_a_fit_that_is_asked_to_stop_goes_on_exactly(tmp_path, wholes, asked):
     for after_lines in (3, 8, 4):
         assert asked_to_stop(tmp_path, asked, after_lines) == [EXIT_CODES[asked]]
@@ -49,7 +55,7 @@ def test_a_fit_that_is_asked_to_stop_goes_on_exactly(tmp_path, wholes, asked):
     same(tmp_path, wholes())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [cluster(0), 1])
 @pytest.mark.parametrize("strategy", ENGINES)
 def test_all_ranks_stop_when_one_is_asked(tmp_path, wholes, strategy, rank):
     settings = {"ranks": 2, "strategy": strategy}
@@ -59,7 +65,8 @@ def test_all_ranks_stop_when_one_is_asked(tmp_path, wholes, strategy, rank):
     same(tmp_path, wholes(**settings), ranks=2)
 
 
-@pytest.mark.parametrize("strategy", ENGINES)
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "fsdp2"])
 def test_it_stops_between_optimizer_steps(tmp_path, wholes, strategy):
     settings = {"ranks": 2, "strategy": strategy, "accumulate_grad_batches": 3}
     assert asked_to_stop(tmp_path, signal.SIGUSR1, 7, to=(0, 1), **settings) == [138, 138]
@@ -68,7 +75,7 @@ def test_it_stops_between_optimizer_steps(tmp_path, wholes, strategy):
     same(tmp_path, wholes(**settings), ranks=2)
 
 
-@pytest.mark.parametrize("after_lines", [11, 12, 13])
+@pytest.mark.parametrize("after_lines", [cluster(11), 12, cluster(13)])
 def test_no_validation_is_lost_at_the_end_of_an_epoch(tmp_path, wholes, after_lines):
     settings = {"limit_val_batches": 4}
     assert asked_to_stop(tmp_path, signal.SIGUSR1, after_lines, **settings) == [138]
@@ -91,7 +98,7 @@ at_the_end = AtTheEnd()  # until the interpreter clears its modules, when it has
 """
 
 
-@pytest.mark.parametrize("asked", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("asked", [signal.SIGUSR1, cluster(signal.SIGTERM)])
 def test_a_run_that_is_through_is_not_killed_on_its_last_metres(tmp_path, asked):
     tests = Path(__file__).parents[1]
     path = [str(tests / "faults"), str(tests / "training")]

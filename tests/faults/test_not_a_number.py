@@ -19,7 +19,7 @@ def skipped(folder, rank=0):
     return [number for number in range(1, len(after)) if after[number] == after[number - 1]]
 
 
-@pytest.mark.parametrize("poisoned", [{1: [5]}, {0: [5], 1: [5]}])
+@pytest.mark.parametrize("poisoned", [{1: [5]}, pytest.param({0: [5], 1: [5]}, marks=pytest.mark.cluster)])
 @pytest.mark.parametrize("strategy", ENGINES)
 def test_ranks_skip_the_same_steps_together(tmp_path, strategy, poisoned):
     finish(tmp_path, ranks=2, strategy=strategy, poisoned=poisoned)
@@ -28,7 +28,8 @@ def test_ranks_skip_the_same_steps_together(tmp_path, strategy, poisoned):
     assert skipped(tmp_path) == [5]
 
 
-@pytest.mark.parametrize("strategy", ENGINES)
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero2", "fsdp2"])
 def test_a_skipped_step_takes_its_accumulated_batches_along(tmp_path, strategy):
     finish(tmp_path, ranks=2, strategy=strategy, poisoned={1: [6]}, accumulate_grad_batches=3)
     assert weights(tmp_path, 0) == weights(tmp_path, 1)

@@ -275,7 +275,11 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
         tensors = {WEIGHTS: checkpoint["state_dict"]}
         if checkpoint.get("optimizer_states"):
             tensors[OPTIMIZER] = checkpoint["optimizer_states"][0]["state"]
-        distributed_checkpoint.save(tensors, checkpoint_id=folder)
+        try:
+            distributed_checkpoint.save(tensors, checkpoint_id=folder)
+        except distributed_checkpoint.CheckpointException as error:  # no Exception, and a traceback for its text
+            reason, _ = next(iter(error.failures.values()))
+            raise RuntimeError(str(reason)) from error
         if self.is_global_zero:
             torch.save(rest, folder / REST)
 

@@ -178,7 +178,7 @@ class WatchRanks(Callback):
             self.watch.close()
             self.watch.join(CONNECT_S)
             return
-        if isinstance(exception, RuntimeError):
+        if isinstance(exception, RuntimeError) or isinstance(exception.__cause__, RuntimeError):
             time.sleep(2 * ECHO_S)  # an engine's error is mostly the echo of another rank's end
         what = f"{type(exception).__name__}: {exception}".splitlines()[0]
         self.watch.close(f"{self.watch.own_name} ended with {what}", exit_code_of(exception))

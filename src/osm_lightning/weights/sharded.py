@@ -208,9 +208,9 @@ def seal(path: Path, marker: Marker) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint, file or folder, if it is there."""
+    """Removes a checkpoint, file or folder, if it is there; other ranks may be about the same."""
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
