@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask
 from osm_lightning.data.module import OSMData
@@ -35,6 +36,9 @@ class OSMTask(lightning.LightningModule):
 
     osm: OSM
     scores: nn.ModuleDict
+    """Acc and NIV by `dataset/mode`, over all processes."""
+    val_losses: nn.ModuleDict
+    """Mean loss by dataset, over all processes."""
     config_text: str = ""
     """Resolved config of the run; whoever parsed it sets it, and checkpoints carry it."""
     trust_checkpoint: bool = False
@@ -72,6 +76,7 @@ class OSMTask(lightning.LightningModule):
         self.weights, self.supervise_prompt = weights, supervise_prompt
         self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
         self.scores = nn.ModuleDict()
+        self.val_losses = nn.ModuleDict()
         self.score_rows: list[ScoreRow] = []
 
     # Building and checkpoints -------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ class OSMTask(lightning.LightningModule):
     # Validation and prediction ------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Makes a metric for every (source, mode)."""
+        """Makes a metric for every (source, mode), and one for every source's loss."""
         if self.scores:
             return
         for name in self._data.val_names():
@@ -186,6 +191,7 @@ class OSMTask(lightning.LightningModule):
                     f"data.sources.{name} has no vocabulary, so that Acc means nothing. Set its `vocabulary`, or "
                     "set its `val` to null."
                 )
+            self.val_losses[name] = MeanMetric().to(self.device)
             for mode in self._modes_of(name):
                 self.scores[f"{name}/{mode}"] = NamingAccuracy(vocabulary).to(self.device)
 
@@ -201,14 +207,17 @@ class OSMTask(lightning.LightningModule):
         images = self.osm.encode(batch.images_I3SS)
         answers = self.osm(batch, images=images)
         nll = F.cross_entropy(answers.logits_PV, answers.target_P)
-        self.log(f"val/loss/{dataset}", nll, batch_size=len(answers.target_P), add_dataloader_idx=False)
+        cast("MeanMetric", self.val_losses[dataset]).update(nll, len(answers.target_P))
         named = self._name(batch, images, self._modes_of(dataset))
         for mode in self._modes_of(dataset):
             metric = cast("NamingAccuracy", self.scores[f"{dataset}/{mode}"])
             metric.update([mask.answers[mode].name for mask in named], batch.class_id_M)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs Acc, NIV and their companions for every (source, mode)."""
+        """Logs the loss of every source, and Acc, NIV and their companions for every (source, mode)."""
+        for dataset, loss in self.val_losses.items():
+            self.log(f"val/loss/{dataset}", cast("MeanMetric", loss).compute())
+            cast("MeanMetric", loss).reset()
         self.score_rows = []
         for key, metric in self.scores.items():
             dataset, mode = key.split("/")
