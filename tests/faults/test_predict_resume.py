@@ -74,6 +74,7 @@ def test_twenty_kills_change_nothing(photos: Path, whole: dict[str, bytes], tmp_
     assert files(tmp_path / "out") == whole
 
 
+@pytest.mark.cluster
 def test_fewer_images_left_than_ranks(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     limits = ["--trainer.limit_predict_batches", str(NUM_IMAGES - 1)]
@@ -104,6 +105,7 @@ def test_disk_that_is_full_on_the_way(photos: Path, whole: dict[str, bytes], tmp
     assert files(out) == whole
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_disk_that_is_full_at_the_end(photos: Path, whole: dict[str, bytes], tmp_path: Path, ranks: int) -> None:
     """Each of two parts fits, what is made of them does not. Then nothing is left to name, but the files to make."""
@@ -120,6 +122,7 @@ def test_disk_that_is_full_at_the_end(photos: Path, whole: dict[str, bytes], tmp
 # Others in the same folder
 
 
+@pytest.mark.cluster
 def test_rank_that_outlives_the_first_one_keeps_others_out(
     photos: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -137,6 +140,7 @@ def test_rank_that_outlives_the_first_one_keeps_others_out(
     assert files(out) == whole
 
 
+@pytest.mark.cluster
 def test_names_of_other_settings_are_not_gone_on_with(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = Prediction(photos, out, slow_s=0.1)
