@@ -97,7 +97,7 @@ def images_of(batches: Iterator[MaskBatch]) -> Iterator[tuple[MaskBatch, torch.T
 
 def test_the_page_shows_the_batches_of_the_training_loader(data: OSMData) -> None:
     loader = data.train_dataloader()
-    iter(loader)  # epoch 0
+    next(iter(loader))  # epoch 0
     images = list(images_of(islice(iter(loader), 2)))
     cards = list(train_cards(data, epoch=1, num=len(images)))
     assert {card.origin for card in cards} == {f"epoch 1, pass 0, step {step}" for step in (0, 1)}
