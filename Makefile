@@ -25,7 +25,7 @@ weights/mini/vision weights/mini/language: | $(STAMP)
 demo: $(STAMP) | weights/mini/vision weights/mini/language  ## name a real photograph's masks, then train and validate (15 minutes on two CPU cores)
 	@$(BIN)/python examples/demo.py
 
-test: $(STAMP)  ## the suite (at most ten minutes)
+test: $(STAMP)  ## the suite (a quarter of an hour)
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) | weights/mini/vision weights/mini/language  ## what takes longer
