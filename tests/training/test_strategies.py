@@ -8,7 +8,8 @@ import pytest
 import torch
 from engines import Job, run
 
-from osm_lightning.training.strategies import STRATEGIES, OSMDeepSpeed
+from osm_lightning.training.strategies import STRATEGIES
+from osm_lightning.training.zero import OSMDeepSpeed
 from osm_lightning.weights.checkpoint import read_checkpoint, read_training_state
 from osm_lightning.weights.sharded import MARKER, partial_of, previous_of, read_marker, whole
 

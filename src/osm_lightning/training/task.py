@@ -26,7 +26,7 @@ from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
-from osm_lightning.training.strategies import Sharding
+from osm_lightning.training.sharding import Sharding
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
 from osm_lightning.weights.trained import check_tensors, load_trained
 
