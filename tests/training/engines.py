@@ -22,6 +22,7 @@ from osm_lightning.data.module import OSMData
 from osm_lightning.data.stream import Share
 from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.optim import OptimConfig
+from osm_lightning.training.strategies import register_strategies
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["engines"])
@@ -107,6 +108,7 @@ def work(job: Job) -> dict[str, Any]:
     """One process's part of a job, and what came of it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    register_strategies()  # the task knows no engine, and nothing else here imports them
     record = Record(job)
     task = tiny_task(**{"optim": OptimConfig(lr=2e-3, warmup_steps=4), "weights": job.weights, **job.task})
     task.config_text = CONFIG
