@@ -27,9 +27,9 @@ TINY_CLIP = {"gradient_clip_val": 1e-7}
 here, spread over 60,000 values, 4e-10 of each."""
 
 
-def losses(job: Job) -> torch.Tensor:
+def losses(job: Job, timeout_s: float = 300) -> torch.Tensor:
     """float32[ranks, batches]."""
-    return torch.tensor([rank["losses"] for rank in run(job)])
+    return torch.tensor([rank["losses"] for rank in run(job, timeout_s)])
 
 
 def far_apart(what: str, one: torch.Tensor, other: torch.Tensor) -> float:
@@ -77,3 +77,16 @@ def test_mixed_precision_is_near_and_leaves_trained_weights_in_float32(strategy:
     assert all(map(math.isfinite, mixed.flatten().tolist()))
     assert 0 < far_apart(f"{strategy}, bf16-mixed", mixed, wanted) < BF16_ATOL
     assert [rank["trained_in"] for rank in done] == [{"torch.float32"}] * ranks
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2", "fsdp2"])
+def test_compiled_blocks_have_the_losses_of_plain_ones(strategy: str, tmp_path: Path) -> None:
+    settings = {"strategy": strategy, "ranks": 2, "steps": 6}
+    plain = losses(Job(tmp_path / "plain", **settings))
+    compiled = losses(Job(tmp_path / "compiled", **settings, task={"compile_blocks": True}), timeout_s=900)
+    assert 0 < far_apart(f"{strategy}, compiled", compiled, plain) < LOSS_ATOL
+
+
+def test_zero3_refuses_compiled_blocks_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"ValueError: model\.compile_blocks is true, but DeepSpeed ZeRO-3.*fsdp2"):
+        run(Job(tmp_path, "deepspeed_zero3", ranks=2, steps=2, task={"compile_blocks": True}))

@@ -92,6 +92,8 @@ class OSMTask(lightning.LightningModule):
         sharding = strategy if isinstance(strategy, Sharding) else None
         shard = None if sharding is None else sharding.shard_block
         compiled = self.compile_blocks and self.trainer.state.fn == "fit"
+        if compiled and sharding is not None:
+            sharding.check_compiling()
         osm = OSM(self.vision, self.qformer, self.language, self.modes, shard, compiled)
         self._check_tokenizers(osm)
         if self.weights is not None:
