@@ -22,6 +22,8 @@ from osm_lightning.data.module import OSMData
 from osm_lightning.data.stream import Share
 from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.optim import OptimConfig
+from osm_lightning.training.strategies import register_strategies
+from osm_lightning.training.zero import OSMDeepSpeed
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["engines"])
@@ -40,6 +42,8 @@ class Job:
     """Optimizer steps of an epoch; 0 does not fit."""
     union_of: int = 1
     """Ranks whose batches a single process trains on, taking turns."""
+    lets_go: bool = False
+    """ZeRO-3 that gives every weight up after its use; by itself it keeps small ones, and all of a tiny model's are."""
     last_first: bool = False
     """The last of these ranks has the first turn: the same steps, with gradients added in another order."""
     accumulate: int = 1
@@ -107,6 +111,7 @@ def work(job: Job) -> dict[str, Any]:
     """One process's part of a job, and what came of it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    register_strategies()  # the task knows no engine, and nothing else here imports them
     record = Record(job)
     task = tiny_task(**{"optim": OptimConfig(lr=2e-3, warmup_steps=4), "weights": job.weights, **job.task})
     task.config_text = CONFIG
@@ -121,14 +126,13 @@ def work(job: Job) -> dict[str, Any]:
     loop = trainer(
         job.folder,
         devices=job.ranks,
-        strategy=job.strategy,
+        strategy=_without_reserves() if job.lets_go else job.strategy,
         accumulate_grad_batches=job.union_of * job.accumulate,
         use_distributed_sampler=False,
-        gradient_clip_val=1.0,
         callbacks=[record],
         enable_checkpointing=False,
         plugins=[WholeFiles()],
-        **{"limit_val_batches": 1.0 if job.validates else 0, **job.trainer},
+        **{"gradient_clip_val": 1.0, "limit_val_batches": 1.0 if job.validates else 0, **job.trainer},
     )
     done: dict[str, Any] = {"losses": record.losses}
     if job.steps:
@@ -138,8 +142,16 @@ def work(job: Job) -> dict[str, Any]:
         loop.validate(task, data, verbose=False)
     if job.validates:
         done["scores"] = {(row.dataset, row.mode): row for row in task.score_rows}
+    done["trained_in"] = {str(parameter.dtype) for _, parameter in task.osm.trained()}
     done["identity"] = task.osm.frozen_identity()
     return done
+
+
+def _without_reserves() -> OSMDeepSpeed:
+    strategy = OSMDeepSpeed(stage=3)
+    nothing = dict.fromkeys(("param_persistence_threshold", "max_live_parameters", "max_reuse_distance"), 0)
+    strategy.config["zero_optimization"] |= {f"stage3_{name}": value for name, value in nothing.items()}  # type: ignore[index]
+    return strategy
 
 
 def run(job: Job, timeout_s: float = 300) -> list[dict[str, Any]]:

@@ -140,3 +140,6 @@ class LanguageConfig:
     length_groups: int = 1
     """Groups of like length that the texts of a training batch go through the LLM in, one after the other. More waste
     less on padding: a sixth of the LLM's work on a CPU. A GPU is better served by one."""
+    recompute_activations: bool = False
+    """Keep no activations of the LLM's blocks between forward and backward, but compute them again: less memory, and a
+    third more work of the LLM."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from osm_lightning.model.blocks import compile_block, recompute_in_backward
 from osm_lightning.model.config import LanguageConfig
 from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
 
@@ -22,12 +23,13 @@ class LanguageModel(OwnsFrozen):
 
     frozen_parts = ("llm",)
 
-    def __init__(self, config: LanguageConfig, shard: Shard | None = None) -> None:
+    def __init__(self, config: LanguageConfig, shard: Shard | None = None, compiled: bool = False) -> None:
         """Loads the weights.
 
         Args:
             config: which LLM.
             shard: called with every block of it once it has its precision.
+            compiled: have torch compile the blocks, where gradients go through them.
 
         Raises:
             ValueError: the weights are missing.
@@ -44,7 +46,13 @@ class LanguageModel(OwnsFrozen):
             model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
         self.llm = freeze(cast("nn.Module", model))
         self.identity = fingerprint(self.llm)
-        place(self.llm, model.get_decoder().layers, dtype, shard)
+        blocks = model.get_decoder().layers
+        place(self.llm, blocks, dtype, shard)
+        for block in blocks:
+            if compiled:
+                compile_block(block, for_gradients_only=True)
+            if config.recompute_activations:
+                recompute_in_backward(block)
         self.width = int(model.get_input_embeddings().embedding_dim)
         self.vocabulary_size = int(model.get_output_embeddings().out_features)
 

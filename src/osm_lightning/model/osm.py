@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from osm_lightning.batch import MaskBatch
+from osm_lightning.model.blocks import compile_block
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.model.frozen import Shard
 from osm_lightning.model.language import LanguageModel
@@ -58,6 +59,7 @@ class OSM(nn.Module):
         language: LanguageConfig,
         modes: Sequence[str],
         shard: Shard | None = None,
+        compiled: bool = False,
     ) -> None:
         """Builds all parts and loads the frozen ones.
 
@@ -67,6 +69,7 @@ class OSM(nn.Module):
             language: LLM.
             modes: modes of the vocabularies, beside the agnostic one.
             shard: called with every block of the frozen parts once it is loaded, so that no process holds all of them.
+            compiled: have torch compile the blocks of all parts.
 
         Raises:
             ValueError: weights are missing, or sizes don't fit.
@@ -74,13 +77,18 @@ class OSM(nn.Module):
         super().__init__()
         self.vision = VisionEncoder(vision, shard)
         self.qformer = MaskQFormer(qformer, self.vision.width)
-        self.language = LanguageModel(language, shard)
+        self.language = LanguageModel(language, shard, compiled)
         self.projection = nn.Linear(qformer.width, self.language.width)
         self.modes = Modes(modes, qformer.width, self.language.width)
         if not qformer.mode_query:
             self.modes.requires_grad_(False)
         self._start_among_words()
         self.grid = Grid.of(vision)
+        if compiled:
+            for block in self.vision.tower.blocks():
+                compile_block(block, for_gradients_only=False)
+            for layer in self.qformer.layers:
+                compile_block(layer, for_gradients_only=True)
 
     @torch.no_grad()
     def _start_among_words(self) -> None:

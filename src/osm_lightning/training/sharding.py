@@ -30,6 +30,13 @@ class Sharding:
 
     lockstep: Lockstep = ALONE
 
+    def check_compiling(self) -> None:
+        """Called before blocks are compiled that this strategy shards.
+
+        Raises:
+            ValueError: it cannot run compiled blocks.
+        """
+
     def shard_block(self, block: nn.Module) -> None:
         """Leaves this process with its part of a frozen block; called while the next ones are not loaded yet."""
         raise NotImplementedError

@@ -58,6 +58,7 @@ class OSMTask(lightning.LightningModule):
         supervise_prompt: bool = False,
         named_modes: list[str] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        compile_blocks: bool = False,
     ) -> None:
         """Remembers the settings; nothing is loaded before `configure_model`.
 
@@ -72,12 +73,14 @@ class OSMTask(lightning.LightningModule):
             named_modes: modes in which validation and prediction name masks. None: a source's own mode and the
                 agnostic one in validation, the agnostic one in prediction.
             max_new_tokens: ids per name at most.
+            compile_blocks: have torch compile the blocks of all parts for training, but for naming.
         """
         super().__init__()
         self.vision, self.qformer, self.language, self.modes = vision, qformer, language, modes
         self.optim = optim
         self.weights, self.supervise_prompt = weights, supervise_prompt
         self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
+        self.compile_blocks = compile_blocks
         self.scores = nn.ModuleDict()
         self.val_losses = nn.ModuleDict()
         self.score_rows: list[ScoreRow] = []
@@ -91,7 +94,10 @@ class OSMTask(lightning.LightningModule):
         strategy = self.trainer.strategy
         sharding = strategy if isinstance(strategy, Sharding) else None
         shard = None if sharding is None else sharding.shard_block
-        osm = OSM(self.vision, self.qformer, self.language, self.modes, shard)
+        compiled = self.compile_blocks and self.trainer.state.fn == "fit"
+        if compiled and sharding is not None:
+            sharding.check_compiling()
+        osm = OSM(self.vision, self.qformer, self.language, self.modes, shard, compiled)
         self._check_tokenizers(osm)
         if self.weights is not None:
             load_trained(osm, read_checkpoint(self.weights, self.trust_checkpoint))

@@ -105,6 +105,15 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
         self._init_config_if_needed()
         yield
 
+    def check_compiling(self) -> None:
+        """Refuses stage 3, whose hooks fetch and free weights within what would be compiled."""
+        if self.zero_stage_3:
+            raise ValueError(
+                "model.compile_blocks is true, but DeepSpeed ZeRO-3 fetches and frees weights around every linear "
+                "layer, so that a block holds nothing whole to compile. Leave it out, or use trainer.strategy fsdp2, "
+                "which gathers whole blocks."
+            )
+
     def shard_block(self, block: nn.Module) -> None:
         """Stage 3: gives every process its part of each weight."""
         if self.zero_stage_3:
