@@ -47,7 +47,7 @@ Format = Literal["safetensors", "bin"]
 
 
 def llama_tokenizer(num_pieces: int = 600) -> LlamaTokenizer:
-    """Llama's kind of tokenizer (BPE with byte fallback), with InstructBLIP's special tokens: `</s>` for all but pad."""
+    """Llama's kind of tokenizer (BPE, byte fallback) with InstructBLIP's special tokens: `</s>` for all but pad."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bpe.decoder = decoders.Metaspace()
@@ -130,6 +130,8 @@ def instructblip(folder: Path, file_format: Format = "safetensors", seed: int = 
     llm_tokenizer, qformer_tokenizer = llama_tokenizer(), bert_tokenizer()
     model = InstructBlipForConditionalGeneration(config(len(llm_tokenizer), len(qformer_tokenizer), **text))
     spread(model, seed)
+    with torch.no_grad():  # some names end before the limit
+        model.language_model.lm_head.weight[llm_tokenizer.eos_token_id] *= 2.5
     folder.mkdir(parents=True)
     model.save_pretrained(folder, max_shard_size="200KB")
     if file_format == "bin":

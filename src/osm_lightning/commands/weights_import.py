@@ -75,7 +75,6 @@ def _import(args: argparse.Namespace) -> int:
     )
     print(report_table(done.reports))
     num_bytes = sum(tensor.nbytes for tensor in done.checkpoint.tensors.values())
-    print(
-        f"{args.out}: {len(done.checkpoint.tensors)} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are"
-    )
+    num_tensors = len(done.checkpoint.tensors)
+    print(f"{args.out}: {num_tensors} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are")
     return 0

@@ -53,8 +53,8 @@ def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, sh
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     before = [parameter.data for parameter in module.parameters()]
     saved = module.state_dict()
-    # What is computed and not loaded stays exact: a rotary embedding's frequencies, rounded to bfloat16, turn by another
-    # angle at every position.
+    # What is computed and not loaded stays exact: a rotary embedding's frequencies, once rounded to bfloat16, turn by
+    # another angle at every position.
     computed = [(name, buffer) for name, buffer in module.named_buffers() if name not in saved]
     module.to(dtype)
     for name, buffer in computed:

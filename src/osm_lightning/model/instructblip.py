@@ -73,8 +73,8 @@ class InstructBlip:
         config = self.config.text_config
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(
-                f"the LLM of {self.path} is a {config.model_type}, which is no decoder-only causal LM. Use an InstructBLIP "
-                "over Vicuna."
+                f"the LLM of {self.path} is a {config.model_type}, which is no decoder-only causal LM. Use an "
+                "InstructBLIP over Vicuna."
             )
         source = self.part("language_model.")
         return self._build(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, source, "LLM", "language_model.")

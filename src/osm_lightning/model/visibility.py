@@ -44,8 +44,9 @@ def visibility(coverage_MGG: Tensor, context_box_px_M4: Tensor, grid: Grid, quer
 
     Returns:
         [M, A, N], rows in the order mask (Q), context (Q, if any), mode (1, if any); columns CLS (W), patches
-        (G * G, row-major). With the rules "touched" and "nearest" bool, True where a query may attend; with "share" float32, for mask
-        queries the log of a patch's covered share, for the others 0 where they may attend and -inf elsewhere.
+        (G * G, row-major). With the rules "touched" and "nearest" bool, True where a query may attend; with "share"
+        float32, for mask queries the log of a patch's covered share, for the others 0 where they may attend and -inf
+        elsewhere.
     """
     start = torch.arange(grid.side, device=coverage_MGG.device) * grid.patch_size_px
     last = start if queries.mask_rule == "nearest" else start + grid.patch_size_px - 1

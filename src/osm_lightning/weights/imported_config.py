@@ -1,4 +1,4 @@
-"""What is known of an imported model before its weights are: its sizes, out of the files, and the config that it carries."""
+"""What is known of an imported model before its weights are: its sizes, out of the files, and the config it carries."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _windows_a_side(released: Released, window_px: int, patch_px: int) -> int:
     side = isqrt(num_tokens // of_window)
     if side < 1 or side**2 * of_window != num_tokens:
         raise ValueError(
-            f"window_pos_embed has {num_tokens} positions, which is no square of windows of {of_window} tokens each (one "
-            f"CLS, and {window_px} px in patches of {patch_px} px). The checkpoint is of another InstructBLIP than this "
-            "one."
+            f"window_pos_embed has {num_tokens} positions, which is no square of windows of {of_window} tokens each "
+            f"(one CLS, and {window_px} px in patches of {patch_px} px). The checkpoint is of another InstructBLIP than "
+            "this one."
         )
     return side
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from osm_lightning.batch import mode_names
 from osm_lightning.data.text import TextCodec
 from osm_lightning.datasets import DATASETS
+from osm_lightning.instructions import TEST_QUESTION
 from osm_lightning.model.config import Precision, QFormerConfig
 from osm_lightning.model.instructblip import InstructBlip, open_instructblip
 from osm_lightning.model.language import LanguageModel
@@ -185,15 +186,14 @@ def _card(
 ) -> str:
     if released is None:
         origin = (
-            f"InstructBLIP `{instructblip}` as training starts from it: mask and context queries are its query tokens, "
+            f"InstructBLIP `{instructblip}` as training starts from it: mask and context queries are its query tokens,\n"
             f"mode tables and global position are random (seed {seed}). Nothing was trained yet."
         )
     else:
         origin = (
-            f"The released checkpoint `{released}` over InstructBLIP `{instructblip}`, with the rules that its outputs "
-            "depend on: nearest-neighbour masks on the grid of patches, CLS columns always visible, the question "
-            f'"What is in the segmentation mask?", at most {MAX_NEW_TOKENS} new tokens. Training on from here may change '
-            "them."
+            f"The released checkpoint `{released}` over InstructBLIP `{instructblip}`, with the rules that its outputs\n"
+            "depend on: nearest-neighbour masks on the grid of patches, CLS columns always visible, the question\n"
+            f'"{TEST_QUESTION}", at most {MAX_NEW_TOKENS} new tokens. Training on from here may change them.'
         )
     allowed = f"\nAllowed surprises: {', '.join(f'`{pattern}`' for pattern in allow)}.\n" if allow else ""
     trained_on = "nothing yet" if released is None else "what the authors trained on"
