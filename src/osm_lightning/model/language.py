@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from osm_lightning.model.blocks import compile_block, recompute_in_backward
 from osm_lightning.model.config import LanguageConfig
-from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.instructblip import is_instructblip, open_instructblip
+from osm_lightning.model.load_report import LoadReport
 
 
 class LanguageModel(OwnsFrozen):
     """Any decoder-only causal LM of transformers, frozen."""
 
     frozen_parts = ("llm",)
+    report: LoadReport | None = None
+    """What was loaded, where its tensors were assigned here and not by a library."""
 
     def __init__(self, config: LanguageConfig, shard: Shard | None = None, compiled: bool = False) -> None:
         """Loads the weights.
@@ -43,11 +47,13 @@ class LanguageModel(OwnsFrozen):
             model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
         else:
             missing_weights("language.name", config.name)
-            model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
+            if is_instructblip(config.name):
+                model, self.report = open_instructblip(config.name, "language.name").language_model()
+            else:
+                model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
         self.llm = freeze(cast("nn.Module", model))
-        self.identity = fingerprint(self.llm)
         blocks = model.get_decoder().layers
-        place(self.llm, blocks, dtype, shard)
+        self.identity = place(self.llm, blocks, dtype, shard)
         for block in blocks:
             if compiled:
                 compile_block(block, for_gradients_only=True)
