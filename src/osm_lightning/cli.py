@@ -159,8 +159,8 @@ class OSMCLI(LightningCLI):
         if self.subcommand == "predict":
             kwargs |= {"logger": False}
             trainer = super().instantiate_trainer(**kwargs)
-            plan = partial(naming_plan, self.segments, self.options)
-            self.writing = WritePredictions(self.segments, PredictionJournal(self.options.out), plan)
+            plan, journal = partial(naming_plan, self.segments, self.options), PredictionJournal(self.options.out)
+            self.writing = WritePredictions(self.segments, journal, plan, self.options.model.score_eos)
             trainer.callbacks.append(self.writing)
             return trainer
         self.run_folder = Path(self.options.run or default_run())
