@@ -34,7 +34,14 @@ NEVER = {"evaluation": {"model"}}
 LIBRARY_PLACES = {
     "lightning": ("cli", "data.module", "training"),
     "open_clip": ("model.vision", "model.language", "weights"),
-    "transformers": ("model.vision", "model.language", "data.text", "weights", "evaluation.similarity"),
+    "transformers": (
+        "model.vision",
+        "model.language",
+        "model.instructblip",
+        "data.text",
+        "weights",
+        "evaluation.similarity",
+    ),
     "webdataset": ("shards", "data"),
 }
 """Where a library may be imported: modules, or packages with all that is in them."""

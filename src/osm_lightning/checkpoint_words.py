@@ -18,7 +18,8 @@ from osm_lightning.weights.sharded import is_sharded
 def with_checkpoint(argv: list[str]) -> list[str]:
     """Lets `--ckpt X` bring its own config: given ones come after it, and win.
 
-    For fit the checkpoint is resumed by Lightning; elsewhere its trained parts are what the model starts from.
+    For fit the checkpoint is resumed by Lightning; elsewhere its trained parts are what the model starts from, and so
+    they are for fit where it is an exported folder, which has no optimizer state: a new run begins then.
 
     Raises:
         ValueError: the checkpoint does not exist or is not one of ours.
@@ -45,12 +46,11 @@ def with_checkpoint(argv: list[str]) -> list[str]:
             path = own
         path = str(find_checkpoint(path))
         checkpoint = config_of(Path(path), trusted)
-        if command == "fit" and Path(path).is_dir() and not is_sharded(Path(path)):
-            raise ValueError(
-                f"{path} is an exported folder, which has no optimizer state to go on from. Give a .ckpt file, or "
-                f"start a new run from its weights: --config {path}/config.yaml --model.weights {path}"
-            )
         config = checkpoint.config if command == "fit" else checkpoint.config_elsewhere()
+        if command == "fit" and Path(path).is_dir() and not is_sharded(Path(path)):
+            print(f"{path} is an exported folder, without optimizer state: a new run begins with its weights, config.")
+            rest[place : place + length] = []
+            return [command, "--config", config, *rest, "--model.weights", path]
         rest[place : place + length] = ["--ckpt", path]
         weights = ["--model.weights", "null" if command == "fit" else path]
         return [command, "--config", config, *rest, *weights]

@@ -50,6 +50,7 @@ LINKS = (
     ("model.vision.image_size_px", "data.image_size_px"),
     ("model.vision.patch_size_px", "data.patch_size_px"),
     ("model.qformer.context", "data.context"),
+    ("model.qformer.mask_rule", "data.mask_rule"),
     ("model.qformer.instruction_tokenizer", "data.instruction_tokenizer"),
     ("model.modes", "data.modes"),
 )

@@ -17,8 +17,8 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
     vision, language = options.model.vision, options.model.language
     wanted = []
     if vision.architecture is None:
-        tower = ("model.vision.name", vision.name) if vision.tower == "dinov2" else None
-        wanted.append(tower or ("model.vision.pretrained", vision.pretrained))
+        setting = "pretrained" if vision.tower == "open_clip" else "name"
+        wanted.append((f"model.vision.{setting}", vision[setting]))
     if language.architecture is None:
         wanted.append(("model.language.name", language.name))
     wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))

@@ -3,6 +3,7 @@
 import naive_geometry as naive
 import numpy as np
 import pytest
+import torch
 from tiny_shards import make_record, rectangle
 
 from osm_lightning.data.coverage import Axes, Masks
@@ -69,6 +70,29 @@ def test_maps_and_runs_are_read_alike(as_rle):
             assert (found is None) == (not placed.any())
             if found is not None:
                 np.testing.assert_array_equal(found.coverage_GG, naive.coverage(placed, 14))
+
+
+@pytest.mark.parametrize("size", [(32, 24), (24, 32), (30, 30), (100, 7)])
+def test_nearest_is_torch_s_own_from_the_input_to_the_grid(size):
+    width, height = size
+    rng = np.random.default_rng(1)
+    masks = [rng.random((height, width)) < share for share in (0.5, 0.05)]
+    masks[1][masks[0]] = False
+    record = make_record(masks=masks, segments=[Segment("0"), Segment("1")])
+    read = Masks(record)
+    for placement in [fit(width, height, 56), *(draw(width, height, 56, (0.4, 2.0), rng) for _ in range(10))]:
+        read.place(placement, 14, nearest=True)
+        for index, mask in enumerate(masks):
+            placed = naive.placed_map(mask, placement)
+            found = read.patches(index)
+            if found is None:
+                assert not placed.any()
+                continue
+            pixels = torch.from_numpy(placed.astype(np.float32))[None, None]
+            wanted = torch.nn.functional.interpolate(pixels, size=(4, 4), mode="nearest")[0, 0].numpy()
+            np.testing.assert_array_equal(found.coverage_GG, wanted)
+            assert found.box == naive.tight_box(placed)
+            assert found.area_px == placed.sum(), "what a mask's size is does not depend on the grid"
 
 
 def test_more_segments_than_a_byte_counts():

@@ -50,6 +50,20 @@ def test_context_and_mode_queries_see_the_patches_of_the_box_with_both_ends(box:
         assert torch.equal(row[WINDOWS:], seen_patches(box))
 
 
+def test_by_nearest_neighbour_a_patch_is_seen_by_its_first_pixel() -> None:
+    config = QFormerConfig(num_queries=QUERIES, mask_rule="nearest")
+    for box in [(0, 0, 0, 0), (1, 1, 3, 3), (3, 0, 4, 0), (1, 4, 19, 8), (0, 0, SIDE - 1, SIDE - 1)]:
+        x0, y0, x1, y1 = box
+        picture = torch.zeros(1, 1, SIDE, SIDE)
+        picture[:, :, y0 : y1 + 1, x0 : x1 + 1] = 1
+        wanted = torch.nn.functional.interpolate(picture, size=(GRID_SIDE, GRID_SIDE), mode="nearest").flatten() > 0
+        rows = visible(torch.zeros(1, GRID_SIDE, GRID_SIDE), [box], config)[0]
+        assert bool(rows[:, :WINDOWS].all()), "every query sees the CLS tokens, also of a mask that vanished"
+        assert not rows[:QUERIES, WINDOWS:].any()
+        for row in rows[QUERIES:]:
+            assert torch.equal(row[WINDOWS:], wanted)
+
+
 def test_mask_queries_see_exactly_the_patches_that_the_mask_touches() -> None:
     coverage = torch.zeros(2, GRID_SIDE, GRID_SIDE, dtype=torch.float16)
     coverage[0, 3, 1] = 1 / 16384  # one pixel of a 128 px patch

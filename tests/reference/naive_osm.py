@@ -105,12 +105,16 @@ def pixels_of_box(side_px: int, box: tuple[int, int, int, int]) -> Tensor:
 
 
 def token_weights(region_SS: Tensor, num_windows: int, patch_side: int, rule: str = "touched") -> list[float]:
-    """What every image token weighs: CLS tokens 1, patches 1 if the region touches them (or the share it covers)."""
+    """What every image token weighs: CLS tokens 1, patches 1 if the region touches them.
+
+    By the rule "share" they weigh what the region covers, by "nearest" 1 if their first pixel is in the region.
+    """
     weights = [1.0] * num_windows
     for top in range(0, region_SS.shape[0], patch_side):
         for left in range(0, region_SS.shape[1], patch_side):
             patch = region_SS[top : top + patch_side, left : left + patch_side]
-            weights.append(float(patch.double().mean()) if rule == "share" else float(patch.any()))
+            values = {"share": patch.double().mean(), "nearest": patch[0, 0], "touched": patch.any()}
+            weights.append(float(values[rule]))
     return weights
 
 
@@ -157,7 +161,8 @@ def mask_tokens(model: OSM, example: Example, image_NE: Tensor) -> Tensor:
     num_windows = len(image_NE) - (side // patch_side) ** 2
     box = context_box(example.mask_SS, config.context)
     in_mask = token_weights(example.mask_SS, num_windows, patch_side, config.mask_rule)
-    in_context = token_weights(pixels_of_box(side, box), num_windows, patch_side)
+    context_rule = "nearest" if config.mask_rule == "nearest" else "touched"
+    in_context = token_weights(pixels_of_box(side, box), num_windows, patch_side, context_rule)
 
     queries, sees = [], []
     for query in qformer.mask_query_QD:

@@ -122,25 +122,25 @@ def padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows]), torch.tensor([len(row) for row in rows])
 
 
-def coverage(mask_SS: Tensor) -> Tensor:
-    """float16[G, G], share of every patch that a mask covers, one patch at a time."""
+def coverage(mask_SS: Tensor, rule: str) -> Tensor:
+    """float16[G, G], share of every patch that a mask covers (of its first pixel alone: "nearest"), one at a time."""
     side = SIDE // PATCH
     out_GG = torch.zeros(side, side)
     for row in range(side):
         for column in range(side):
             patch = mask_SS[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-            out_GG[row, column] = patch.float().mean()
+            out_GG[row, column] = patch[0, 0] if rule == "nearest" else patch.float().mean()
     return out_GG.half()
 
 
-def batch_of(images: list[list[Example]], context: float | str) -> MaskBatch:
+def batch_of(images: list[list[Example]], context: float | str, rule: str = "touched") -> MaskBatch:
     examples = [example for masks in images for example in masks]
     text_ids, text_tokens = padded([example.prompt_ids + example.answer_ids for example in examples])
     instruction_ids, instruction_tokens = padded([example.instruction_ids for example in examples])
     return MaskBatch(
         images_I3SS=torch.stack([masks[0].image_3SS for masks in images]),
         image_index_M=torch.tensor([index for index, masks in enumerate(images) for _ in masks]),
-        coverage_MGG=torch.stack([coverage(example.mask_SS) for example in examples]),
+        coverage_MGG=torch.stack([coverage(example.mask_SS, rule) for example in examples]),
         context_box_px_M4=torch.tensor(
             [naive_osm.context_box(example.mask_SS, context) for example in examples], dtype=torch.int32
         ),
@@ -172,7 +172,7 @@ CASES = {
 def check_equality(model: OSM, supervise_prompt: bool = False) -> None:
     images = tiny_examples()
     examples = [example for masks in images for example in masks]
-    batch = batch_of(images, model.qformer.config.context)
+    batch = batch_of(images, model.qformer.config.context, model.qformer.config.mask_rule)
 
     answers = model(batch, supervise_prompt)
     ours = group_loss(answers, batch, torch.tensor(DATASET_WEIGHTS)).total
@@ -216,6 +216,13 @@ def test_outputs_loss_and_gradients_are_those_of_the_naive_model(case: str) -> N
 
 def test_so_they_are_where_patches_weigh_what_the_mask_covers() -> None:
     check_equality(tiny_model(replace(DEFAULT, mask_rule="share")))
+
+
+def test_so_they_are_where_a_patch_is_seen_by_its_first_pixel() -> None:
+    model = tiny_model(replace(DEFAULT, mask_rule="nearest"))
+    seen = [coverage(example.mask_SS, "nearest").any() for masks in tiny_examples() for example in masks]
+    assert not all(seen), "a mask that vanishes on the grid is to be among them"
+    check_equality(model)
 
 
 def test_so_they_are_for_the_whole_image_at_once() -> None:

@@ -88,7 +88,7 @@ def model_for(tokenizer: str) -> OSM:
         instruction_tokenizer=tokenizer,
         instruction_vocabulary=WORDS,
         max_instruction_tokens=64,
-        **OVERLAY["model"].get("qformer", {}),
+        **OVERLAY["model"]["qformer"],
     )
     return tiny_model(qformer, vocabulary=WORDS)
 
@@ -140,7 +140,8 @@ def example(asked: Asked, codec: TextCodec) -> Example:
 def settings(**turned: Any) -> dict[str, Any]:
     """The overlay's settings, flat, with some turned back."""
     model = {key: value for key, value in OVERLAY["model"].items() if key not in {"optim", "qformer"}}
-    return {**model, **OVERLAY["model"]["optim"], **OVERLAY["data"], **OVERLAY["trainer"], **turned}
+    parts = OVERLAY["model"]["optim"], OVERLAY["model"]["qformer"], OVERLAY["data"], OVERLAY["trainer"]
+    return {key: value for part in (model, *parts) for key, value in part.items()} | turned
 
 
 def our_records(model: OSM, tokenizer: str, folder: Path, **turned: Any) -> Records:
@@ -148,16 +149,17 @@ def our_records(model: OSM, tokenizer: str, folder: Path, **turned: Any) -> Reco
     optim = OptimConfig(**OPTIM, **{name: chosen.pop(name) for name in OVERLAY["model"]["optim"]})
     codec = TextCodec(tokenizer, tokenizer, chosen.pop("max_text_tokens"))
     vision, language = model.vision.config, model.language.config
-    clip = chosen.pop("gradient_clip_val")
+    clip, rule = chosen.pop("gradient_clip_val"), chosen.pop("mask_rule")
     task = OSMTask(vision, model.qformer.config, language, list(model.modes.names[1:]), optim, **chosen)
     task.osm = copy.deepcopy(model)
+    task.osm.qformer.config.mask_rule = rule
     sources = {
         name: SourceConfig("none", weight=weight)
         for name, weight in zip(("first", "second", "absent"), WEIGHTS, strict=True)
     }
     data = Given(sources, tokenizer)
     data.given = [
-        batch_of([[example(asked, codec) for asked in masks] for masks in images], DEFAULT.context)
+        batch_of([[example(asked, codec) for asked in masks] for masks in images], DEFAULT.context, rule)
         for images in micro_batches()
     ]
     keep = Keep()
@@ -259,6 +261,7 @@ TURNED_BACK = [
     {"horizon": "steps"},
     {"clip": "steps"},
     {"max_text_tokens": None},
+    {"mask_rule": "touched"},
     {"gradient_clip_val": None},
 ]
 

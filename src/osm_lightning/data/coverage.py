@@ -27,7 +27,7 @@ class Patches(NamedTuple):
     """One mask, as the model reads it."""
 
     coverage_GG: NDArray[np.float16]
-    """Share of each patch that the mask covers, in [0, 1]."""
+    """Share of each patch that the mask covers, in [0, 1]; by the rule "nearest" 1 or 0, as the patch's first pixel."""
     box: tuple[int, int, int, int]
     """x0, y0, x1, y1 of the mask on the input, both ends included."""
     area_px: int
@@ -90,9 +90,10 @@ class Axis:
 class Axes:
     """Both axes of a placement."""
 
-    def __init__(self, placement: Placement, patch_size_px: int) -> None:
+    def __init__(self, placement: Placement, patch_size_px: int, nearest: bool = False) -> None:
         x, y, width, height = placement.box_xywh_px
         self.patch_size_px, self.grid = patch_size_px, placement.side_px // patch_size_px
+        self.nearest = nearest
         self.rows = Axis(y, height, placement.height_px, False, patch_size_px)
         self.columns = Axis(x, width, placement.width_px, placement.flip, patch_size_px)
 
@@ -124,8 +125,15 @@ class Axes:
             if part := band.within(x0, x1):
                 pixels_GG[:, band.patches] = pixels_Gw[:, part[0]] @ part[1].T
         (left, right), (top, bottom) = self.columns.span(x0, x1), self.rows.span(y0, y1)
-        shares_GG = (pixels_GG / self.patch_size_px**2).astype(np.float16)
-        return Patches(shares_GG, (left, top, right, bottom), int(pixels_GG.sum()))
+        shares_GG = self._first_pixels(mask_hw) if self.nearest else pixels_GG / self.patch_size_px**2
+        return Patches(shares_GG.astype(np.float16), (left, top, right, bottom), int(pixels_GG.sum()))
+
+    def _first_pixels(self, mask_hw: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool[G, G], the upper left pixel of every patch: the nearest neighbour from S to G (released rule)."""
+        rows, columns = (axis.position[:: self.patch_size_px] for axis in (self.rows, self.columns))
+        first_GG = np.zeros((self.grid, self.grid), dtype=bool)
+        first_GG[: len(rows), : len(columns)] = mask_hw[np.ix_(rows, columns)]
+        return first_GG
 
 
 class Masks:
@@ -141,9 +149,9 @@ class Masks:
         self._map = record.segment_map()
         self._runs: dict[int, NDArray[np.int64]] = {}
 
-    def place(self, placement: Placement, patch_size_px: int) -> None:
-        """Lays all masks on the input."""
-        self._axes = Axes(placement, patch_size_px)
+    def place(self, placement: Placement, patch_size_px: int, nearest: bool = False) -> None:
+        """Lays all masks on the input; `nearest` reads of every patch its first pixel only."""
+        self._axes = Axes(placement, patch_size_px, nearest)
         if self._map is not None:
             self._seen_hw = self._axes.seen(self._map)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Context = float | Literal["global", "none"]
+MaskRule = Literal["touched", "share", "nearest"]
 
 cv2.setNumThreads(0)  # loader workers are many already, and OpenCV's own threads do not survive a fork
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from osm_lightning.batch import PADDING, MaskBatch, MaskSample, mode_index, mode_names
 from osm_lightning.data.collate import collate
-from osm_lightning.data.geometry import Context
+from osm_lightning.data.geometry import Context, MaskRule
 from osm_lightning.data.loader import EpochLoader
 from osm_lightning.data.mixture import Mixture, Source
 from osm_lightning.data.sample import Labels, View, whole_sample
@@ -94,6 +94,7 @@ class OSMData(lightning.LightningDataModule):
         image_size_px: int = 1120,
         patch_size_px: int = 14,
         context: Context = 0.5,
+        mask_rule: MaskRule = "touched",
         masks_per_image: int = 1,
         agnostic_share: float = 0.5,
         masks_per_epoch: int = 6_000_000,
@@ -115,6 +116,7 @@ class OSMData(lightning.LightningDataModule):
             image_size_px: side of the input (linked to the model's).
             patch_size_px: side of a patch (linked to the model's).
             context: context ratio (linked to the model's).
+            mask_rule: how masks lie on the grid of patches (linked to the model's).
             masks_per_image: masks that an image gives to a step at most (K). The paper and the released code use 1;
                 more make a step cheaper per mask.
             agnostic_share: share of every source's masks that is trained in the agnostic mode.
@@ -137,7 +139,7 @@ class OSMData(lightning.LightningDataModule):
         self.modes = mode_names(modes)
         self.tokenizer, self.instruction_tokenizer = tokenizer, instruction_tokenizer
         self.max_text_tokens = max_text_tokens
-        self.view = View(image_size_px, patch_size_px, context, scale, min_mask_px)
+        self.view = View(image_size_px, patch_size_px, context, scale, min_mask_px, mask_rule=mask_rule)
         self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
         self.num_workers, self.seed = num_workers, seed

@@ -70,6 +70,8 @@ class View:
     """Masks of no more pixels than this after the crop are skipped in training (released rule)."""
     max_tries: int = 500
     """Crops that are tried before an image without a usable mask is given up (released rule)."""
+    mask_rule: geometry.MaskRule = "touched"
+    """How masks lie on the grid of patches."""
 
     @property
     def grid_side(self) -> int:
@@ -108,7 +110,7 @@ def draw_sample(
     masks = Masks(record)
     for _ in range(view.max_tries if usable else 0):
         placement = geometry.draw(record.width_px, record.height_px, view.image_size_px, view.scale, rng)
-        masks.place(placement, view.patch_size_px)
+        masks.place(placement, view.patch_size_px, view.mask_rule == "nearest")
         seen: dict[int, Patches] = {}
         vanished = 0
         for index in rng.permutation(usable).tolist():
@@ -144,7 +146,7 @@ def whole_sample(
     """
     masks = Masks(record)
     placement = geometry.fit(record.width_px, record.height_px, view.image_size_px)
-    masks.place(placement, view.patch_size_px)
+    masks.place(placement, view.patch_size_px, view.mask_rule == "nearest")
     counted = [i for i, segment in enumerate(record.segments) if labels.counts(segment)]
     seen = {i: masks.patches(i) for i in counted}
     if keep_vanished:

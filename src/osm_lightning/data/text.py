@@ -5,13 +5,17 @@ The only place that knows tokenizers. A (question, name) pair is tokenised once 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
 from osm_lightning.vocabulary import load_vocabulary
+
+SENTENCEPIECE_FILE = "tokenizer.model"
 
 BUILTIN = "builtin:"
 """Prefix of the tokenizer that needs no file: byte-level BPE over the shipped names and questions."""
@@ -58,7 +62,7 @@ class TextCodec:
         # A tokenizer that puts BOS first by itself belongs to an LLM that was trained with one. Which id that is, its
         # settings say: InstructBLIP's is </s>, where newer classes put Llama's <s>.
         self._bos = self._leading_special_ids()
-        if self._bos and self._language.bos_token_id is not None:
+        if (self._bos or _wants_bos(tokenizer)) and self._language.bos_token_id is not None:
             self._bos = [int(self._language.bos_token_id)]
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
@@ -138,10 +142,38 @@ def load_tokenizer(name: str) -> Any:
         return builtin_tokenizer(int(size))
     if name.startswith((".", "/", "weights/")) and not Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: there is no such folder.")
+    if Path(name, SENTENCEPIECE_FILE).is_file() and not Path(name, "tokenizer.json").is_file():
+        _check_sentencepiece(name)
+    repository, subfolder = name, ""
+    if not Path(name).exists() and name.count("/") > 1:  # a folder within a hub's repository
+        owner, repository, subfolder = name.split("/", 2)
+        repository = f"{owner}/{repository}"
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(repository, subfolder=subfolder)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {name!r} is neither a folder of a tokenizer nor a hub id ({error}).") from error
+
+
+def _check_sentencepiece(name: str) -> None:
+    """Refuses a folder that holds only sentencepiece's file where that library is not installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"tokenizer {name!r} holds only {SENTENCEPIECE_FILE}, which the package sentencepiece reads: "
+            "`pip install sentencepiece`, or add the tokenizer.json of the same tokenizer."
+        )
+
+
+def _wants_bos(name: str) -> bool:
+    """Whether a folder is an InstructBLIP's, whose prompts begin with BOS, also where a newer class adds none."""
+    try:
+        config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        return bool(config["model_type"] == "instructblip")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @lru_cache(maxsize=4)

@@ -12,14 +12,15 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class VisionConfig:
     """The frozen vision tower and how a high-resolution image goes through it (Sec. 3.2)."""
 
-    tower: Literal["open_clip", "dinov2"] = "open_clip"
-    """Library and family of the tower: an open_clip model, or transformers' Dinov2."""
+    tower: Literal["open_clip", "dinov2", "instructblip"] = "open_clip"
+    """Library and family of the tower: an open_clip model, transformers' Dinov2, or InstructBLIP's vision model."""
     name: str = "EVA01-g-14"
-    """open_clip's model name, or the folder or hub id of a Dinov2."""
+    """open_clip's model name, or the folder or hub id of a Dinov2 or an InstructBLIP."""
     pretrained: str | None = None
     """open_clip's pretrained tag, or a local weight file. None leaves the weights random."""
     architecture: dict[str, Any] | None = None
-    """Arguments of transformers' Dinov2Config: random weights of these sizes in place of `name`."""
+    """Arguments of transformers' Dinov2Config or InstructBlipVisionConfig: random weights of these sizes in place of
+    `name`."""
     image_size_px: int = 1120
     """Side of the square input. A multiple of the window size."""
     window_size_px: int = 224
@@ -87,8 +88,9 @@ class QFormerConfig:
     context: float | Literal["global", "none"] = 0.5
     """What context queries see: the mask's box enlarged by this share of its size on each side, the whole image, or no
     context queries at all."""
-    mask_rule: Literal["touched", "share"] = "touched"
-    """What a patch weighs that the mask covers in part: as much as any other, or its covered share."""
+    mask_rule: Literal["touched", "share", "nearest"] = "touched"
+    """What a patch weighs that the mask covers in part: as much as any other, or its covered share. "nearest" sees a
+    patch if its first pixel is in the mask, or in the context box (released code): small masks may see none."""
     mode_query: bool = True
     """False leaves out the mode, in the Q-Former and in the LLM's input."""
     instruction_tokenizer: str | None = None
@@ -130,7 +132,7 @@ class LanguageConfig:
     """The frozen LLM: any decoder-only causal LM of transformers (Sec. 3.1)."""
 
     name: str = "weights/vicuna-7b-v1.1"
-    """Folder or hub id."""
+    """Folder or hub id; an InstructBLIP's gives its LLM."""
     tokenizer: str | None = None
     """Folder, hub id or `builtin:SIZE`; None takes the LLM's own."""
     architecture: dict[str, Any] | None = None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from osm_lightning.model.mapped import give_back
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -25,17 +27,41 @@ def freeze(module: ModuleT) -> ModuleT:
     return module.eval()
 
 
-def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, shard: Shard | None) -> None:
+def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, shard: Shard | None) -> str:
     """Gives loaded weights their precision, block by block.
 
     Weights that were just loaded are pages of their file, in the file's precision, and take no memory of this process.
-    A block becomes its own only here, and is sharded before the next one does.
+    A block becomes its own only here, its pages are given back, and it is sharded before the next one is touched.
+
+    Returns:
+        The module's fingerprint, of the weights as they were loaded.
     """
-    for block in blocks:
-        block.to(dtype)
-        if shard is not None:
-            shard(block)
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    samples: dict[str, bytes] = {}
+    for part in (*blocks, module):
+        for tensor in part.state_dict(keep_vars=True).values():
+            for name in names.pop(id(tensor), ()):
+                samples[name] = _sample(name, tensor)
+        _convert(part, dtype)
+        if shard is not None and part is not module:
+            shard(part)
+    return _digest(samples)
+
+
+def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+    before = [parameter.data for parameter in module.parameters()]
+    saved = module.state_dict()
+    # What is computed and not loaded stays exact: a rotary embedding's frequencies, once rounded to bfloat16, turn by
+    # another angle at every position.
+    computed = [(name, buffer) for name, buffer in module.named_buffers() if name not in saved]
     module.to(dtype)
+    for name, buffer in computed:
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, buffer)
+    if any(old.dtype != new.dtype for old, new in zip(before, module.parameters(), strict=True)):
+        give_back(old for old in before if old.dtype != dtype)
 
 
 class OwnsFrozen(nn.Module):
@@ -60,13 +86,20 @@ def fingerprint(module: nn.Module) -> str:
 
     The same weights held in another precision (float32 or bfloat16) have the same fingerprint.
     """
+    return _digest({name: _sample(name, tensor) for name, tensor in module.state_dict().items()})
+
+
+def _sample(name: str, tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    values = flat[::step][:SAMPLES].to("cpu", torch.bfloat16)
+    return f"{name}{tuple(tensor.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
+
+
+def _digest(samples: Mapping[str, bytes]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // SAMPLES)
-        values = flat[::step][:SAMPLES].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(values.view(torch.int16).numpy().tobytes())
+    for _, sample in sorted(samples.items()):
+        digest.update(sample)
     return digest.hexdigest()[:16]
 
 

@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from osm_lightning.model.config import LanguageConfig
-from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.instructblip import is_instructblip, open_instructblip
+from osm_lightning.model.load_report import LoadReport
 
 
 class LanguageModel(OwnsFrozen):
     """Any decoder-only causal LM of transformers, frozen."""
 
     frozen_parts = ("llm",)
+    report: LoadReport | None = None
+    """What was loaded, where its tensors were assigned here and not by a library."""
 
     def __init__(self, config: LanguageConfig, shard: Shard | None = None) -> None:
         """Loads the weights.
@@ -41,10 +45,12 @@ class LanguageModel(OwnsFrozen):
             model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
         else:
             missing_weights("language.name", config.name)
-            model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
+            if is_instructblip(config.name):
+                model, self.report = open_instructblip(config.name, "language.name").language_model()
+            else:
+                model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
         self.llm = freeze(cast("nn.Module", model))
-        self.identity = fingerprint(self.llm)
-        place(self.llm, model.get_decoder().layers, dtype, shard)
+        self.identity = place(self.llm, model.get_decoder().layers, dtype, shard)
         self.width = int(model.get_input_embeddings().embedding_dim)
         self.vocabulary_size = int(model.get_output_embeddings().out_features)
 

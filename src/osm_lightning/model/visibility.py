@@ -33,7 +33,8 @@ def visibility(coverage_MGG: Tensor, context_box_px_M4: Tensor, grid: Grid, quer
     """Says which image tokens each query may attend to.
 
     Mask queries see the patches that the mask touches; context queries and the mode query see the patches that the
-    context box touches; every query sees the CLS token of every window, so that no row is ever empty.
+    context box touches; by the rule "nearest", those whose first pixel is in mask or box (released code, which scales
+    both down by nearest neighbour). Every query sees the CLS token of every window, so that no row is ever empty.
 
     Args:
         coverage_MGG: float[M, G, G], share of each patch that the mask covers, in [0, 1].
@@ -43,11 +44,12 @@ def visibility(coverage_MGG: Tensor, context_box_px_M4: Tensor, grid: Grid, quer
 
     Returns:
         [M, A, N], rows in the order mask (Q), context (Q, if any), mode (1, if any); columns CLS (W), patches
-        (G * G, row-major). With the rule "touched" bool, True where a query may attend; with "share" float32, for mask
-        queries the log of a patch's covered share, for the others 0 where they may attend and -inf elsewhere.
+        (G * G, row-major). With the rules "touched" and "nearest" bool, True where a query may attend; with "share"
+        float32, for mask queries the log of a patch's covered share, for the others 0 where they may attend and -inf
+        elsewhere.
     """
     start = torch.arange(grid.side, device=coverage_MGG.device) * grid.patch_size_px
-    last = start + grid.patch_size_px - 1
+    last = start if queries.mask_rule == "nearest" else start + grid.patch_size_px - 1
     x0, y0, x1, y1 = context_box_px_M4.unsqueeze(-1).unbind(1)
     columns_MG = (last >= x0) & (start <= x1)
     rows_MG = (last >= y0) & (start <= y1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from osm_lightning.model import windows
 from osm_lightning.model.config import VisionConfig
-from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.instructblip import open_instructblip
+from osm_lightning.model.load_report import LoadReport
 from osm_lightning.model.lockstep import ALONE, Lockstep
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OPENAI_CLIP_MEAN, OPENAI_CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Tower(nn.Module):
@@ -36,6 +39,8 @@ class Tower(nn.Module):
     """Mean of its normalised pixels, in [0, 1]."""
     std: tuple[float, ...]
     """Standard deviation of its normalised pixels, in [0, 1]."""
+    report: LoadReport | None = None
+    """What was loaded, where its tensors were assigned here and not by a library."""
 
     def blocks(self) -> Iterable[nn.Module]:
         """Its transformer blocks: nearly all of its weights."""
@@ -140,7 +145,48 @@ class OpenClipTower(Tower):
         return cast("Tensor", self.norm(tokens))
 
 
-TOWERS: dict[str, type[Tower]] = {"open_clip": OpenClipTower, "dinov2": Dinov2Tower}
+class InstructBlipTower(Tower):
+    """InstructBLIP's vision model (EVA-CLIP's ViT-g of 39 blocks) out of its folder."""
+
+    mean, std = OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        from transformers import InstructBlipVisionConfig, InstructBlipVisionModel
+
+        if config.architecture is not None:
+            vit: Any = InstructBlipVisionModel(InstructBlipVisionConfig(**config.architecture))
+        else:
+            missing_weights("vision.name", config.name)
+            vit, self.report = open_instructblip(config.name, "vision.name").vision_model()
+        self.vit = vit
+        self.width, self.patch_size_px = int(vit.config.hidden_size), int(vit.config.patch_size)
+        self.native_size_px = int(vit.config.image_size)
+        blocks = vit.encoder.layers
+        vit.encoder.layers = blocks[: checked_depth(config, len(blocks))]
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The ones that are run."""
+        return cast("nn.ModuleList", self.vit.encoder.layers)
+
+    def forward(self, pixels_B3ww: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, w, w] -> CLS [B, E], patches [B, p, E]; positions are interpolated for another size than its own."""
+        other_size = pixels_B3ww.shape[-1] != self.native_size_px
+        tokens = self.vit.embeddings(pixels_B3ww, interpolate_pos_encoding=other_size)
+        for block in self.vit.encoder.layers:
+            tokens = block(tokens)
+        return tokens[:, 0], tokens[:, 1:]
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """[.., E] -> [.., E]; the released code uses it on all tokens."""
+        return cast("Tensor", self.vit.post_layernorm(tokens))
+
+
+TOWERS: dict[str, type[Tower]] = {
+    "open_clip": OpenClipTower,
+    "dinov2": Dinov2Tower,
+    "instructblip": InstructBlipTower,
+}
 
 
 def checked_depth(config: VisionConfig, num_blocks: int) -> int:
@@ -185,8 +231,7 @@ class VisionEncoder(OwnsFrozen):
                 f"set it to {tower.patch_size_px}."
             )
         self.tower = freeze(tower)
-        self.identity = fingerprint(tower)
-        place(tower, tower.blocks(), torch_dtype(config.dtype), shard)
+        self.identity = place(tower, tower.blocks(), torch_dtype(config.dtype), shard)
         self.width = tower.width
         self.position_NE = nn.Parameter(torch.empty(config.num_windows + config.grid_side**2, tower.width))
         nn.init.normal_(self.position_NE, std=config.position_std)

@@ -176,11 +176,17 @@ def _written_at(path: Path) -> float:
     return ((path / MARKER) if path.is_dir() else path).stat().st_mtime
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:
+def write_folder(checkpoint: Checkpoint, folder: Path, card: str, files: Mapping[str, str] | None = None) -> None:
     """Writes the shareable form; the folder appears whole or not at all.
 
+    Args:
+        checkpoint: what it holds.
+        folder: the new folder.
+        card: its README.md.
+        files: further texts by file name.
+
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or cannot be written.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists. Remove it, or give another --out.")
@@ -191,7 +197,8 @@ def write_folder(checkpoint: Checkpoint, folder: Path, card: str) -> None:
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "config.yaml").write_text(checkpoint.config, encoding="utf-8")
     (partial / "frozen.json").write_text(json.dumps(dict(checkpoint.frozen), indent=1) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    for name, text in {"README.md": card, **(files or {})}.items():
+        (partial / name).write_text(text, encoding="utf-8")
     (partial / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
     for file in partial.iterdir():
         with file.open("rb") as written:

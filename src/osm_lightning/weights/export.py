@@ -44,12 +44,13 @@ def export(ckpt: str, out: Path, half: bool = False) -> Checkpoint:
     return checkpoint
 
 
-def model_card(checkpoint: Checkpoint, folder: Path) -> str:
+def model_card(checkpoint: Checkpoint, folder: Path, trained_on: str | None = None) -> str:
     """What the folder's README.md says.
 
     Args:
         checkpoint: its content.
         folder: where it will stand; the example names it.
+        trained_on: on what, where it is not the sources of its config.
     """
     config = yaml.safe_load(checkpoint.config)
     model = config["model"]
@@ -70,7 +71,7 @@ The trained parts of an OSM model, which names whatever is inside a segmentation
 |---|---|
 | trained | {num_parameters:,} parameters, {num_bytes:,} bytes (`model.safetensors`) |
 | modes | {", ".join(modes)} |
-| trained on | {", ".join(config["data"]["sources"])} |
+| trained on | {trained_on or ", ".join(config["data"]["sources"])} |
 | input | {model["vision"]["image_size_px"]} px in windows of {model["vision"]["window_size_px"]} px |
 
 ## Frozen parts

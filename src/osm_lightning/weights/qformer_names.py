@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from osm_lightning.model.load_report import LoadReport
 from osm_lightning.model.qformer import MaskQFormer
 
 LAYER = {
@@ -41,14 +42,11 @@ EMBEDDINGS = {
 }
 """Parts before the layers."""
 
-NO_WEIGHT = "embeddings.position_ids"
-"""A buffer of 0, 1, 2 ... that older transformers saved among the weights."""
+THEIR_LAYER = {ours: theirs for theirs, ours in LAYER.items()}
+THEIR_EMBEDDINGS = {ours: theirs for theirs, ours in EMBEDDINGS.items()}
 
 QUERIES = frozenset({"mask_query_QD", "context_query_QD"})
 """Ours, and no part of transformers' Q-Former."""
-
-SHOWN = 5
-"""Examples of each kind of problem in an error."""
 
 
 def convert_qformer(source: Mapping[str, Tensor], qformer: MaskQFormer) -> dict[str, Tensor]:
@@ -66,33 +64,48 @@ def convert_qformer(source: Mapping[str, Tensor], qformer: MaskQFormer) -> dict[
         ValueError: a name is unknown or has no place in the module, a part of the module stays empty, or a shape
             differs; up to five of each are shown.
     """
-    target = {name: tensor for name, tensor in qformer.state_dict().items() if name not in QUERIES}
-    converted: dict[str, Tensor] = {}
-    unused = []
-    for name, tensor in source.items():
-        ours = our_name(name)
-        if ours in target:
-            converted[ours] = tensor
-        elif name != NO_WEIGHT and not (qformer.instruction is None and ours is not None and _is_text(ours)):
-            unused.append(name)
-    problems = {
-        "names of the source without a place in the model": unused,
-        "names of the model that the source does not fill": sorted(target.keys() - converted.keys()),
-        "shapes that differ": [
-            f"{name} (source {tuple(tensor.shape)}, model {tuple(target[name].shape)})"
-            for name, tensor in converted.items()
-            if tensor.shape != target[name].shape
-        ],
-    }
-    if any(problems.values()):
-        shown = "; ".join(
-            f"{len(found)} {kind}: {', '.join(found[:SHOWN])}" for kind, found in problems.items() if found
-        )
+    converted, report = match_qformer(source, qformer, "the source")
+    problems = report.problems()
+    if problems:
         raise ValueError(
-            f"the Q-Former's weights don't fit the model ({shown}). Give a state dict of transformers' "
+            f"the Q-Former's weights don't fit the model ({problems}). Give a state dict of transformers' "
             "InstructBlipQFormerModel without a prefix, and the sizes of its config under `qformer`."
         )
     return converted
+
+
+def match_qformer(
+    source: Mapping[str, Tensor], qformer: MaskQFormer, origin: str, prefix: str = ""
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """As `convert_qformer`, but says what does not fit in place of refusing it.
+
+    Args:
+        source: transformers' state dict.
+        qformer: the module that is to take them.
+        origin: where the tensors come from, for the report.
+        prefix: what stands before the source's names in its file; the report's names bear it.
+
+    Returns:
+        What fits by our names, and the report by the source's.
+    """
+    target = {name: tensor.shape for name, tensor in qformer.state_dict().items() if name not in QUERIES}
+    reads_text = qformer.instruction is not None
+    named = {name: our_name(name) for name in source}
+    theirs_of = {ours: prefix + name for name, ours in named.items() if ours is not None}
+    strangers = [
+        name
+        for name, ours in named.items()
+        if ours not in target and (reads_text or ours is None or not _is_text(ours))
+    ]
+    theirs = {prefix + name: source[name] for name, ours in named.items() if ours in target}
+    wanted = {theirs_of.get(ours) or prefix + their_name(ours): shape for ours, shape in target.items()}
+    report = LoadReport.compare("Q-Former", origin, theirs, wanted, unplaced=[prefix + name for name in strangers])
+    fitting = {
+        ours: source[name]
+        for name, ours in named.items()
+        if ours is not None and ours in target and prefix + name not in report.reshaped
+    }
+    return fitting, report
 
 
 def our_name(name: str) -> str | None:
@@ -104,6 +117,19 @@ def our_name(name: str) -> str | None:
     if layer is None or layer[2] not in LAYER:
         return None
     return f"layers.{layer[1]}.{LAYER[layer[2]]}.{parameter}"
+
+
+def their_name(ours: str) -> str:
+    """From a tensor's name in ours to transformers'; the inverse of `our_name`.
+
+    Raises:
+        KeyError: it has none: a query.
+    """
+    module, _, parameter = ours.rpartition(".")
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", module)
+    if layer is not None:
+        return f"encoder.layer.{layer[1]}.{THEIR_LAYER[layer[2]]}.{parameter}"
+    return f"{THEIR_EMBEDDINGS[module]}.{parameter}"
 
 
 def _is_text(ours: str) -> bool:
