@@ -18,13 +18,13 @@ PACKAGE = "osm_lightning"
 SOURCES = Path(osm_lightning.__file__).parent
 
 LAYERS = (
-    {"picture", "rank_label", "rle", "whole_file"},
+    {"idle_hints", "picture", "rank_label", "rle", "whole_file"},
     {"batch", "datasets", "vocabulary", "instructions", "record", "shard_index", "shard_transport"},
     {"shard_folder", "shard_tar"},
     {"shards", "data", "model"},
     {"naming", "weights", "evaluation"},
     {"training"},
-    {"api", "checkpoint_words", "cli", "commands", "missing_parts", "__main__", "__init__"},
+    {"api", "checkpoint_words", "cli", "commands", "expectation", "missing_parts", "__main__", "__init__"},
 )
 """Lowest first. Members of one layer are strangers to each other, but for the last one, which puts all together."""
 

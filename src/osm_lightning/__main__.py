@@ -35,7 +35,7 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs `osm ARGV`; exits with 0, 2 for what the user can mend, 130 when interrupted (docs/slurm.md has them all).
+    """Runs `osm ARGV`; exits with 0, 2 for what the user can mend, 130 when interrupted; docs/slurm.md has them all.
 
     Args:
         argv: words after `osm`; None takes the process's own.
@@ -78,8 +78,7 @@ def run(command: str, rest: list[str]) -> int:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         from osm_lightning.cli import main as trainer_main
 
-        trainer_main([command, *rest])
-        return 0
+        return trainer_main([command, *rest])
     known = ", ".join([*TRAINER_COMMANDS, *OFFLINE_COMMANDS])
     raise ValueError(f"there is no such command; there are {known}. `osm --help` says what they do.")
 

@@ -216,6 +216,19 @@ def mode_names(names: Sequence[str]) -> tuple[str, ...]:
     return (AGNOSTIC_NAME, *names)
 
 
+def validation_modes(own: str, modes: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """Modes in which a source's masks are named in validation.
+
+    Args:
+        own: the mode that stands for its vocabulary.
+        modes: all modes of the model.
+        asked: those that the user wants; None stands for its own, where the model has it, and the agnostic one.
+    """
+    if asked is not None:
+        return list(asked)
+    return [own, AGNOSTIC_NAME] if own in modes else [AGNOSTIC_NAME]
+
+
 def mode_index(name: str, modes: Sequence[str]) -> int:
     """Index of a mode by its name.
 

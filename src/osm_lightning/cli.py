@@ -8,7 +8,6 @@ before anything slow begins.
 from __future__ import annotations
 
 import os
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from osm_lightning.checkpoint_words import default_run, with_checkpoint
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
+from osm_lightning.expectation import Expectation, add_expected
+from osm_lightning.idle_hints import hide_idle_hints
 from osm_lightning.missing_parts import missing_parts
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
@@ -63,6 +64,9 @@ def split_at_commas(text: str | list[str]) -> list[str]:
 
 class OSMCLI(LightningCLI):
     """Lightning's CLI for OSMTask and OSMData."""
+
+    exit_code = 0
+    """The command's, where it came to its end."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what must agree."""
@@ -122,6 +126,8 @@ class OSMCLI(LightningCLI):
             parser.add_argument(
                 "--run", type=str | None, default=None, help="folder of this run (default: runs/DATE-TIME)"
             )
+            if subcommand == "validate":
+                add_expected(parser)
             return parser
         parser.add_argument("--images", type=Path, required=True, help="an image, or a folder of images")
         parser.add_argument(
@@ -142,6 +148,8 @@ class OSMCLI(LightningCLI):
         check_tasks(self.options.trainer)
         if self.subcommand == "predict":
             self._check_prediction()
+        if self.subcommand == "validate":
+            self.expectation = Expectation(self.options)
         missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
         if missing:
             raise ValueError("this machine lacks what the config names:\n  " + "\n  ".join(missing))
@@ -160,8 +168,8 @@ class OSMCLI(LightningCLI):
         if self.subcommand == "predict":
             kwargs |= {"logger": False}
             trainer = super().instantiate_trainer(**kwargs)
-            plan = partial(naming_plan, self.segments, self.options)
-            self.writing = WritePredictions(self.segments, PredictionJournal(self.options.out), plan)
+            plan, journal = partial(naming_plan, self.segments, self.options), PredictionJournal(self.options.out)
+            self.writing = WritePredictions(self.segments, journal, plan, self.options.model.score_eos)
             trainer.callbacks.append(self.writing)
             return trainer
         self.run_folder = Path(self.options.run or default_run())
@@ -259,32 +267,24 @@ class OSMCLI(LightningCLI):
             raise ValueError("nothing was validated: no source has a `val` split, or trainer limits its batches to 0.")
         if self.trainer.is_global_zero:
             print(f"scores: {self.run_folder}/scores.json")
+            self.exit_code = self.expectation.report(self.model.score_rows) if self.subcommand == "validate" else 0
 
     after_test = after_validate
 
 
-def main(argv: list[str]) -> None:
-    """Runs `osm ARGV`.
+def main(argv: list[str]) -> int:
+    """Runs `osm ARGV` and returns its exit code.
 
     Raises:
         ValueError: what the user can mend.
     """
     quiet_loading()
     label_messages()
-    # Hints that do not apply: batches are made whole in the workers, and the machine's cores are the user's choice.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
-    warnings.filterwarnings("ignore", message=".*Your `IterableDataset` has `__len__` defined.*")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-    # It is: OSMData keeps the place.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    # The frozen parts are to be in eval.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    hide_idle_hints()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with meeting():
-            OSMCLI(
+            return OSMCLI(
                 OSMTask,
                 OSMData,
                 save_config_callback=KeepConfig,
@@ -294,7 +294,7 @@ def main(argv: list[str]) -> None:
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=with_checkpoint(argv),
-            )
+            ).exit_code
     except SystemExit as stopped:
         if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes it exit code 1
             raise stopped.__context__ from None

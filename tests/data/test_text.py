@@ -174,6 +174,30 @@ def test_the_qformer_reads_the_prompt_with_its_own_tokenizer(tmp_path):
     assert codec.language_vocabulary == 300
 
 
+def test_texts_and_instructions_can_be_cut_as_released(tmp_path):
+    """From the end, so that EOS goes first; the Q-Former's tokenizer keeps its own frame."""
+    folder = save_word_tokenizer(tmp_path, template="[CLS] $A [SEP]")
+    whole = TextCodec("builtin:300", folder).encode(TEST_QUESTION, "traffic light")
+    limit = whole.prompt_tokens + 2
+    codec = TextCodec("builtin:300", folder, limit)
+    cut = codec.encode(TEST_QUESTION, "traffic light")
+    assert len(whole.text_ids) > limit
+    assert cut.text_ids == whole.text_ids[:limit]
+    assert cut.prompt_tokens == whole.prompt_tokens
+    assert cut.instruction_ids == whole.instruction_ids, "shorter than the limit"
+    assert pickle.loads(pickle.dumps(codec)).encode(TEST_QUESTION, "traffic light") == cut
+    words = TextCodec(save_word_tokenizer(tmp_path / "other", eos_token="</s>"), folder, 10)
+    short = words.encode(TEST_QUESTION, "cat")
+    assert len(short.text_ids) == 10
+    assert (short.instruction_ids[0], short.instruction_ids[-1], len(short.instruction_ids)) == (3, 4, 10)
+
+
+def test_a_limit_that_leaves_nothing_of_an_answer_is_refused():
+    prompt_tokens = TextCodec("builtin:300").encode(TEST_QUESTION, None).prompt_tokens
+    with pytest.raises(ValueError, match=rf"data\.max_text_tokens is {prompt_tokens}, but 'What is.* set it to null"):
+        TextCodec("builtin:300", max_text_tokens=prompt_tokens).encode(TEST_QUESTION, "cat")
+
+
 def test_without_an_instruction_tokenizer_there_is_no_instruction():
     codec = TextCodec("builtin:300")
     assert codec.encode(TEST_QUESTION, "cat").instruction_ids == ()

@@ -106,6 +106,8 @@ def restated(names: list[str], class_ids: list[int], vocabulary: Vocabulary) -> 
         "acc_balanced": sum(sum(hits) / len(hits) for hits in per_class.values()) / len(per_class),
         "majority": max(map(len, per_class.values())) / len(names),
         "num_masks": len(names),
+        "num_right": right,
+        "num_outside": outside,
     }
 
 
@@ -162,7 +164,7 @@ def test_no_masks_give_nan_and_no_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scores = metric.compute()
-    assert scores.pop("num_masks") == 0
+    assert [scores.pop(count) for count in ("num_masks", "num_right", "num_outside")] == [0, 0, 0]
     assert len(scores) == 5
     assert all(value.isnan() for value in scores.values())
 
@@ -222,7 +224,7 @@ def test_table_shows_percent_and_aligns() -> None:
     assert math.isnan(empty.acc)
     metric.update(["cat", "dog", "cats"], [3, 3, 7])
     row = ScoreRow.of("a_long_name", "a_long_name", metric.compute())
-    assert row.num_masks == 3
+    assert (row.num_masks, row.num_right, row.num_outside) == (3, 1, 2)
     assert format_scores([row, empty]).splitlines() == [
         "dataset      mode         masks  Acc %  strict %  balanced %  NIV %  majority %",
         "a_long_name  a_long_name      3  33.33     33.33       25.00  66.67       66.67",

@@ -52,7 +52,7 @@ IMAGES = {
 PLAN = {"modes": "agnostic,coco"}
 
 
-def write(out: Path, *ranks: str) -> int:
+def write(out: Path, *ranks: str, **settings: bool) -> int:
     """Names images on as many ranks as there are texts of keys, and makes the files.
 
     Returns:
@@ -66,7 +66,7 @@ def write(out: Path, *ranks: str) -> int:
             write_image(part, *IMAGES[key])
             part.commit()
         part.close()
-    num_named = publish(journal, list(IMAGES))
+    num_named = publish(journal, list(IMAGES), **settings)
     journal.close()
     return num_named
 
@@ -95,6 +95,15 @@ def test_lines(tmp_path: Path) -> None:
         },
     }
     assert lines[1]["names"]["agnostic"]["name"] == "tin\u2028can"
+
+
+def test_scores_are_of_the_name_and_its_end_or_of_the_name_alone(tmp_path: Path) -> None:
+    scores = {}
+    for score_eos in (True, False):
+        write(tmp_path / "out", "ba", score_eos=score_eos)
+        coco = json.loads((tmp_path / "out/predictions.coco.json").read_text())
+        scores[score_eos] = coco["annotations"][0]["score"]
+    assert scores == {True: pytest.approx(math.exp(-0.5)), False: pytest.approx(math.exp(-0.25))}
 
 
 def test_coco_json_is_read_by_pycocotools(tmp_path: Path) -> None:

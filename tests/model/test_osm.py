@@ -72,12 +72,12 @@ def test_answers_and_eos_are_predicted_and_nothing_else() -> None:
     assert answers.logits_PV.dtype == torch.float32
 
 
-def test_supervising_the_prompt_adds_it_and_never_the_padding() -> None:
+def test_supervising_the_prompt_adds_it_but_for_its_first_id_and_never_the_padding() -> None:
     model, batch = tiny_model(), tiny_batch()
     answers, everything = model(batch), model(batch, supervise_prompt=True)
-    assert everything.target_P.tolist() == [11, 12, 13, 14, 2, 21, 2, 5, 6, 7, 8, 2]
-    assert everything.mask_index_P.tolist() == [0] * 5 + [1] * 2 + [2] * 5
-    torch.testing.assert_close(everything.logits_PV[[2, 3, 4, 6, 10, 11]], answers.logits_PV)
+    assert everything.target_P.tolist() == [12, 13, 14, 2, 2, 6, 7, 8, 2]
+    assert everything.mask_index_P.tolist() == [0] * 4 + [1] + [2] * 4
+    torch.testing.assert_close(everything.logits_PV[[1, 2, 3, 4, 7, 8]], answers.logits_PV)
 
 
 def test_what_is_behind_a_token_does_not_change_its_prediction() -> None:

@@ -211,7 +211,7 @@ def answer_logits(model: OSM, example: Example, supervise_prompt: bool = False) 
     prefix = mask_tokens(model, example, image_tokens(model, example.image_3SS))
     text = [*example.prompt_ids, *example.answer_ids]
     logits = next_token_logits(model, prefix, text)
-    first = 0 if supervise_prompt else len(example.prompt_ids)
+    first = 1 if supervise_prompt else len(example.prompt_ids)  # released: the first id, a BOS, carries no label
     places = range(first, len(text))
     return [logits[len(prefix) + place - 1] for place in places], [text[place] for place in places]
 

@@ -41,7 +41,7 @@ DEFAULT = QFormerConfig(
 )
 
 
-def tiny_model(qformer: QFormerConfig = DEFAULT, use_windows: bool = True) -> OSM:
+def tiny_model(qformer: QFormerConfig = DEFAULT, use_windows: bool = True, vocabulary: int = VOCABULARY) -> OSM:
     """Random weights, large enough that every part makes a difference; every width is another."""
     torch.manual_seed(0)
     vision = VisionConfig(
@@ -67,7 +67,7 @@ def tiny_model(qformer: QFormerConfig = DEFAULT, use_windows: bool = True) -> OS
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
-            "vocab_size": VOCABULARY,
+            "vocab_size": vocabulary,
             "initializer_range": 0.4,
         },
         dtype="float32",

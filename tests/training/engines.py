@@ -57,6 +57,9 @@ class Job:
     """Checkpoint to take trained parts from."""
     validates: bool = False
     dropout: float = 0.0
+    clip: float | None = 1.0
+    gradients: bool = False
+    """Keep the accumulated gradient after every batch."""
     task: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -97,12 +100,16 @@ class Record(Callback):
     def __init__(self, job: Job) -> None:
         self.job = job
         self.losses: list[float] = []
+        self.gradients: list[torch.Tensor] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
     ) -> None:
         # Lightning hands over the share of an accumulated step; a power of two, so that nothing is rounded.
         self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        if self.job.gradients:
+            trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+            self.gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
         if self.job.save and trainer.global_step == self.job.save_at and len(self.losses) % self.job.accumulate == 0:
             trainer.save_checkpoint(self.job.folder / self.job.save)
 
@@ -132,9 +139,9 @@ def work(job: Job) -> dict[str, Any]:
         callbacks=[record],
         enable_checkpointing=False,
         plugins=[WholeFiles()],
-        **{"gradient_clip_val": 1.0, "limit_val_batches": 1.0 if job.validates else 0, **job.trainer},
+        **{"gradient_clip_val": job.clip, "limit_val_batches": 1.0 if job.validates else 0, **job.trainer},
     )
-    done: dict[str, Any] = {"losses": record.losses}
+    done: dict[str, Any] = {"losses": record.losses, "gradients": record.gradients}
     if job.steps:
         loop.fit(task, data, ckpt_path=job.ckpt, weights_only=True)
         done["step"] = loop.global_step

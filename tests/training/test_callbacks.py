@@ -104,7 +104,7 @@ def score_trainer(**settings: Any) -> Any:
     return SimpleNamespace(**{"sanity_checking": False, "fast_dev_run": False, "global_step": 7, **settings})
 
 
-ROW = ScoreRow("scenes", "agnostic", 4, acc=0.5, acc_strict=0.25, acc_balanced=0.5, niv=0.25, majority=0.25)
+ROW = ScoreRow("scenes", "agnostic", 4, 2, 1, acc=0.5, acc_strict=0.25, acc_balanced=0.5, niv=0.25, majority=0.25)
 
 
 def test_scores_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,19 @@ def test_a_model_that_knows_nothing_has_the_entropy_of_the_vocabulary() -> None:
     assert loss.total.item() == pytest.approx(math.log(7))
 
 
+def test_datasets_can_be_summed_as_released() -> None:
+    """coco has both modes, lvis one only; each dataset's loss is the mean over the modes that it has."""
+    batch, answers = make_batch(DATASET_M, MODE_M), make_answers(TOKENS_M)
+    _, means = by_loops(answers, batch)
+    coco, lvis = (means[0, False] + means[0, True]) / 2, means[1, True]
+    summed = group_loss(answers, batch, WEIGHTS, sum_datasets=True)
+    assert summed.total.item() == pytest.approx((1 * coco + 3 * lvis).item(), rel=1e-12)
+    both = make_batch([0, 0, 1, 1], [0, 1, 0, 2])
+    ones = torch.ones(3)
+    mean, total = (group_loss(make_answers([2, 1, 4, 3]), both, ones, which).total.item() for which in (False, True))
+    assert total == pytest.approx(2 * mean, rel=1e-12), "with both modes of two datasets, a factor of two"
+
+
 def test_one_dataset_in_one_mode_is_plain_cross_entropy() -> None:
     answers = make_answers([3, 1, 2])
     loss = group_loss(answers, make_batch([1, 1, 1], [2, 2, 2]), torch.tensor([1.0, 0.25, 1.0]))

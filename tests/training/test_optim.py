@@ -40,6 +40,22 @@ def test_only_weights_of_linear_layers_decay() -> None:
     }
 
 
+def test_all_that_is_trained_can_decay_as_released() -> None:
+    model = Mixed()
+    groups, usual = parameter_groups(model, 0.05, "all"), parameter_groups(model, 0.05)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.05]
+    for group, other in zip(groups, usual, strict=True):
+        assert list(map(id, group["params"])) == list(map(id, other["params"])), "checkpoints number them by group"
+    nn.init.ones_(model.norm.weight)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    adamw(model, OptimConfig(lr=0.1, weight_decay=0.5, decay="all")).step()
+    for name in ("linear.weight", "linear.bias", "norm.weight", "words.weight"):
+        torch.testing.assert_close(model.get_parameter(name), before[name] * (1 - 0.1 * 0.5))
+    assert torch.equal(model.frozen.weight, before["frozen.weight"])
+
+
 def test_the_models_parameters_are_all_in_one_group_or_the_other(tmp_path: Path) -> None:
     task = tiny_task()
     trainer(tmp_path, max_steps=1).fit(task, scenes_data(task))
@@ -95,6 +111,15 @@ def test_a_run_shorter_than_its_warm_up_never_divides_by_zero() -> None:
     assert schedule_factor(10, STEPS, 10) == 1.0
 
 
+def test_the_released_horizon_ends_near_86_percent_and_begins_at_zero() -> None:
+    """15,625 batches, four to a step."""
+    config = OptimConfig(warmup_steps=100, horizon="batches")
+    assert schedule_factor(0, config, 15_625) == 0
+    assert schedule_factor(50, config, 15_625) == 0.5
+    assert schedule_factor(100, config, 15_625) == 1
+    assert schedule_factor(15_625 // 4, config, 15_625) == pytest.approx(0.86, abs=0.005)
+
+
 def test_scheduler_sets_both_groups() -> None:
     optimizer = adamw(Mixed(), OptimConfig(lr=2.0, warmup_steps=4))
     scheduler = warmup_cosine(optimizer, OptimConfig(lr=2.0, warmup_steps=4), 8)
@@ -138,3 +163,16 @@ def test_schedule_counts_optimizer_steps_when_gradients_accumulate(tmp_path: Pat
     assert max(rates.lr) == pytest.approx(1e-3)
     assert task.lr_schedulers().get_last_lr() == pytest.approx([0.0, 0.0], abs=1e-12)
     assert rates.norm == pytest.approx([1e-3] * 6, rel=1e-3), "the sum of a step is clipped, once"
+
+
+def test_the_released_schedule_counts_batches_and_moves_with_steps(tmp_path: Path) -> None:
+    task = tiny_task(optim=OptimConfig(lr=1e-3, warmup_steps=1, horizon="batches"))
+    rates = Rates()
+    loop = trainer(tmp_path, accumulate_grad_batches=2, max_epochs=2, callbacks=[rates])
+    loop.fit(task, scenes_data(task, steps=4, quota=2))
+    assert rates.lr == pytest.approx([1e-3 * schedule_factor(step, task.optim, 8) for step in range(4)])
+    assert rates.lr[0] == 0
+    task = tiny_task(optim=task.optim)
+    task.trainer = trainer(tmp_path, accumulate_grad_batches=2, max_epochs=2, max_steps=3)
+    task.trainer.datamodule = scenes_data(task, steps=4, quota=2)
+    assert task._total_steps() == 6, "three steps of two batches"

@@ -129,7 +129,18 @@ def test_card_carries_the_scores_of_the_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "osm": {"config": CONFIG, "frozen": FROZEN}}, path)
     export(str(path), tmp_path / "without")
     assert "Scores" not in (tmp_path / "without" / "README.md").read_text()
-    row = ScoreRow("coco", "agnostic", num_masks=541, acc=0.25, acc_strict=0.2, acc_balanced=0.1, niv=0.0, majority=0.3)
+    row = ScoreRow(
+        "coco",
+        "agnostic",
+        num_masks=541,
+        num_right=135,
+        num_outside=0,
+        acc=0.25,
+        acc_strict=0.2,
+        acc_balanced=0.1,
+        niv=0.0,
+        majority=0.3,
+    )
     (tmp_path / "run" / "scores.json").write_text(json.dumps({"step": 375, "scores": [asdict(row)]}))
     export(str(path), tmp_path / "with")
     card = (tmp_path / "with" / "README.md").read_text()

@@ -100,6 +100,7 @@ class OSMData(lightning.LightningDataModule):
         masks_per_epoch: int = 6_000_000,
         scale: tuple[float, float] = (0.5, 1.5),
         min_mask_px: int = 100,
+        max_text_tokens: int | None = None,
         images_per_val_batch: int = 1,
         num_workers: int = 4,
         seed: int = 0,
@@ -122,6 +123,8 @@ class OSMData(lightning.LightningDataModule):
             masks_per_epoch: masks of an epoch, over all sources and processes.
             scale: range of the long side in training, as a share of the input's.
             min_mask_px: masks of no more pixels than this after the crop are skipped in training.
+            max_text_tokens: ids that a mask's prompt and name, and an instruction, are cut to (released: 32); null cuts
+                nothing.
             images_per_val_batch: images of a validation or prediction batch, each with all its masks.
             num_workers: processes that prepare batches.
             seed: seed of shuffling, augmentation and prompts.
@@ -135,6 +138,7 @@ class OSMData(lightning.LightningDataModule):
         self.sources = sources
         self.modes = mode_names(modes)
         self.tokenizer, self.instruction_tokenizer = tokenizer, instruction_tokenizer
+        self.max_text_tokens = max_text_tokens
         self.view = View(image_size_px, patch_size_px, context, scale, min_mask_px, mask_rule=mask_rule)
         self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
@@ -178,7 +182,7 @@ class OSMData(lightning.LightningDataModule):
     def codec(self) -> TextCodec:
         """Both tokenizers; loaded on first use."""
         if not hasattr(self, "_codec"):
-            self._codec = TextCodec(self.tokenizer, self.instruction_tokenizer)
+            self._codec = TextCodec(self.tokenizer, self.instruction_tokenizer, self.max_text_tokens)
         return self._codec
 
     @property

@@ -41,17 +41,22 @@ class Text(NamedTuple):
 class TextCodec:
     """Both tokenizers, and the rules of how text is put together."""
 
-    def __init__(self, tokenizer: str, instruction_tokenizer: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: str, instruction_tokenizer: str | None = None, max_text_tokens: int | None = None
+    ) -> None:
         """Loads the tokenizers.
 
         Args:
             tokenizer: the LLM's: a folder, a hub id, or `builtin:SIZE`.
             instruction_tokenizer: the Q-Former's, likewise; None where it reads no instruction.
+            max_text_tokens: ids that a text and an instruction are cut to, the answer's EOS and end first (released
+                behaviour); None cuts nothing.
 
         Raises:
             ValueError: a tokenizer is missing, or has no EOS.
         """
-        self._names = (tokenizer, instruction_tokenizer)
+        self._settings = (tokenizer, instruction_tokenizer, max_text_tokens)
+        self._limit = max_text_tokens
         self._language = load_tokenizer(tokenizer)
         self._instruction = None if instruction_tokenizer is None else load_tokenizer(instruction_tokenizer)
         if self._language.eos_token_id is None:
@@ -64,9 +69,9 @@ class TextCodec:
             self._bos = [int(self._language.bos_token_id)]
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None]]:
+    def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None, int | None]]:
         # What is remembered of `encode` cannot be pickled, and workers that are spawned need not have it.
-        return TextCodec, self._names
+        return TextCodec, self._settings
 
     @property
     def instruction_vocabulary(self) -> int:
@@ -88,6 +93,9 @@ class TextCodec:
         Args:
             question: one of the templates.
             name: the answer; None where there is none to learn from.
+
+        Raises:
+            ValueError: the limit leaves nothing of an answer.
         """
         asked = prompt(question)
         prompt_ids = [*self._bos, *self._ids(asked)]
@@ -98,8 +106,18 @@ class TextCodec:
             # tokenizers that split at white space; otherwise in two.
             kept = whole[: len(prompt_ids)] == prompt_ids
             ids = [*(whole if kept else [*prompt_ids, *self._ids(answer(name))]), self.eos_ids[0]]
-        instruction = () if self._instruction is None else tuple(self._instruction(asked)["input_ids"])
-        return Text(tuple(ids), len(prompt_ids), instruction)
+        if self._limit is not None and len(prompt_ids) >= self._limit:
+            raise ValueError(
+                f"data.max_text_tokens is {self._limit}, but {asked!r} alone has {len(prompt_ids)} ids with this "
+                "tokenizer, which leaves nothing of an answer. Raise it, or set it to null."
+            )
+        return Text(tuple(ids[: self._limit]), len(prompt_ids), self._instruction_ids(asked))
+
+    def _instruction_ids(self, asked: str) -> tuple[int, ...]:
+        if self._instruction is None:
+            return ()
+        limit = {} if self._limit is None else {"truncation": True, "max_length": self._limit}
+        return tuple(self._instruction(asked, **limit)["input_ids"])
 
     def _ids(self, text: str) -> list[int]:
         # Split: "<eos>" in a free-text name is letters, not the end of the answer.

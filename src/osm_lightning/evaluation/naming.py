@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class NamingAccuracy(Metric):
         self.outside += sum(not vocabulary.knows(name) for name in names)
 
     def compute(self) -> dict[str, Tensor]:
-        """The scores; all NaN, beside `num_masks`, where no mask was seen.
+        """The scores; all shares NaN where no mask was seen.
 
         Returns:
             acc: share of masks named right.
@@ -84,7 +85,7 @@ class NamingAccuracy(Metric):
             acc_strict: share named with the class's first name, no synonym and no plural.
             acc_balanced: mean of the accuracies of the classes that occur, each counting the same.
             majority: share of the most frequent class: what naming every mask alike would score.
-            num_masks: int64[], masks seen.
+            num_masks, num_right, num_outside: int64[], masks seen, those of `acc`, and those of `niv`.
         """
         num_masks = self.total_C.sum()
         seen_C = self.total_C > 0
@@ -95,6 +96,8 @@ class NamingAccuracy(Metric):
             "acc_balanced": (self.right_C[seen_C] / self.total_C[seen_C]).mean(),
             "majority": self.total_C.max() / num_masks,
             "num_masks": num_masks,
+            "num_right": self.right_C.sum(),
+            "num_outside": self.outside,
         }
 
     def _count(self, ids: Sequence[int]) -> Tensor:
@@ -105,11 +108,13 @@ class NamingAccuracy(Metric):
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """The scores of one dataset in one mode, as shares in [0, 1]; see `NamingAccuracy.compute`."""
+    """The scores of one dataset in one mode, as counts and shares in [0, 1]; see `NamingAccuracy.compute`."""
 
     dataset: str
     mode: str
     num_masks: int
+    num_right: int
+    num_outside: int
     acc: float
     acc_strict: float
     acc_balanced: float
@@ -119,8 +124,10 @@ class ScoreRow:
     @classmethod
     def of(cls, dataset: str, mode: str, scores: Mapping[str, Tensor]) -> ScoreRow:
         """A row of what `NamingAccuracy.compute` returned."""
-        shares = {key: float(value) for key, value in scores.items() if key != "num_masks"}
-        return cls(dataset, mode, int(scores["num_masks"]), **shares)
+        values: dict[str, Any] = {
+            key: int(value) if key.startswith("num_") else float(value) for key, value in scores.items()
+        }
+        return cls(dataset, mode, **values)
 
 
 def format_scores(rows: Sequence[ScoreRow]) -> str:
@@ -135,10 +142,15 @@ def format_scores(rows: Sequence[ScoreRow]) -> str:
     for row in rows:
         shares = (row.acc, row.acc_strict, row.acc_balanced, row.niv, row.majority)
         lines.append((row.dataset, row.mode, str(row.num_masks), *map(percent, shares)))
+    return format_table(lines, num_left=2)
+
+
+def format_table(lines: Sequence[Sequence[str]], num_left: int) -> str:
+    """Lines of cells as columns of text, the first of them on the left of their columns, the others on the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            cell.ljust(width) if column < num_left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines

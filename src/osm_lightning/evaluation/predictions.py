@@ -72,7 +72,7 @@ def write_image(part: JournalPart, record: Record, named: Sequence[NamedMask]) -
     part.append({**facts, "masks": masks})
 
 
-def publish(journal: PredictionJournal, keys: Sequence[str]) -> int:
+def publish(journal: PredictionJournal, keys: Sequence[str], score_eos: bool = True) -> int:
     """Makes the files of the journal and removes it, once it holds all images.
 
     `predictions.jsonl` has one object per mask: image, mask_id, bbox_xywh_px, area_px, and names by mode.
@@ -85,6 +85,7 @@ def publish(journal: PredictionJournal, keys: Sequence[str]) -> int:
     Args:
         journal: nobody writes to it any more.
         keys: all images, in the order in which they are to stand in the files.
+        score_eos: whether a `score` is that of the name and its end, or of the name alone (released behaviour).
 
     Returns:
         How many images the journal holds; with fewer than all, nothing was done.
@@ -105,7 +106,7 @@ def publish(journal: PredictionJournal, keys: Sequence[str]) -> int:
         with open_whole(journal.out / LINES) as lines, open_whole(journal.out / COCO) as coco:
             for row in _read(order):
                 lines.writelines(dump(line) + b"\n" for line in _lines(row))
-            _write_coco(coco, order, sorted(names))
+            _write_coco(coco, order, sorted(names), "logprob" if score_eos else "logprob_no_eos")
             _move_pictures(journal, keys)
         journal.remove()
     return len(order)
@@ -131,10 +132,10 @@ def _lines(row: Row) -> Iterator[dict[str, Any]]:
         yield {"image": row["file_name"], **facts}
 
 
-def _write_coco(file: BinaryIO, order: Sequence[Place], names: Sequence[str]) -> None:
+def _write_coco(file: BinaryIO, order: Sequence[Place], names: Sequence[str], score: str) -> None:
     category_of = {name: place for place, name in enumerate(names, start=1)}
     categories = ({"id": place, "name": name} for name, place in category_of.items())
-    lists = {"images": _images(order), "categories": categories, "annotations": _annotations(order, category_of)}
+    lists = {"images": _images(order), "categories": categories, "annotations": _annotations(order, category_of, score)}
     for before, (title, entries) in zip((b"{", b", ", b", "), lists.items(), strict=True):
         file.write(before + dump(title) + b": [")
         for number, entry in enumerate(entries):
@@ -148,7 +149,7 @@ def _images(order: Sequence[Place]) -> Iterator[dict[str, Any]]:
         yield {"id": image_id, **{fact: row[fact] for fact in ("file_name", "width", "height")}}
 
 
-def _annotations(order: Sequence[Place], category_of: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+def _annotations(order: Sequence[Place], category_of: Mapping[str, int], score: str) -> Iterator[dict[str, Any]]:
     annotation_id = 0
     for image_id, row in enumerate(_read(order), start=1):
         for mask in row["masks"]:
@@ -162,7 +163,7 @@ def _annotations(order: Sequence[Place], category_of: Mapping[str, int]) -> Iter
                 "bbox": mask["bbox_xywh_px"],
                 "area": mask["area_px"],
                 "iscrowd": 0,
-                "score": math.exp(first["logprob"]),
+                "score": math.exp(first[score]),
                 "attributes": {"mask_id": mask["mask_id"], **names},
                 "category_id": category_of[first["name"]],
             }

@@ -138,7 +138,8 @@ class OSM(nn.Module):
         Args:
             batch: masks with prompt and answer.
             images: what `encode` made of the batch's images, where it is at hand.
-            supervise_prompt: predict the prompt's tokens too (released behaviour); the paper's loss is on the answer.
+            supervise_prompt: predict the prompt's tokens too (released behaviour), but for a text's first id, which is
+                BOS where the tokenizer has one; the paper's loss is on the answer.
 
         Returns:
             Logits of the supervised tokens: answer and EOS, mask by mask.
@@ -161,9 +162,8 @@ class OSM(nn.Module):
         text_RLZ = self.language.embed(ids_RL)
         hidden_RXZ = self.language.hidden(torch.cat([prefix_MQZ[rows_R].to(text_RLZ.dtype), text_RLZ], dim=1))
         position_L = torch.arange(ids_RL.shape[1], device=ids_RL.device)
-        supervised_RL = position_L < tokens_R[:, None]
-        if not supervise_prompt:
-            supervised_RL &= position_L >= batch.prompt_tokens_M[rows_R, None]
+        first_R = torch.ones_like(tokens_R) if supervise_prompt else batch.prompt_tokens_M[rows_R]
+        supervised_RL = (position_L >= first_R[:, None]) & (position_L < tokens_R[:, None])
         row_P, text_index_P = supervised_RL.nonzero(as_tuple=True)
         # The token at text position t is predicted from the position before it.
         before_P = prefix_MQZ.shape[1] + text_index_P - 1

@@ -13,17 +13,19 @@ from typing import Any, cast
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask
+from osm_lightning.batch import AGNOSTIC_NAME, FREE_TEXT, MaskBatch, NamedMask, validation_modes
 from osm_lightning.data.module import OSMData
 from osm_lightning.data.sample import generator
 from osm_lightning.evaluation.naming import NamingAccuracy, ScoreRow
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.model.osm import OSM, EncodedImages
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
+from osm_lightning.training.clip_batches import ClipBatches
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
 from osm_lightning.training.sharding import Sharding
@@ -56,8 +58,10 @@ class OSMTask(lightning.LightningModule):
         optim: OptimConfig = OptimConfig(),
         weights: str | None = None,
         supervise_prompt: bool = False,
+        sum_datasets: bool = False,
         named_modes: list[str] | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
+        score_eos: bool = True,
         compile_blocks: bool = False,
     ) -> None:
         """Remembers the settings; nothing is loaded before `configure_model`.
@@ -70,16 +74,19 @@ class OSMTask(lightning.LightningModule):
             optim: optimizer and schedule.
             weights: checkpoint to start the trained parts from. Modes that it lacks start as its agnostic one.
             supervise_prompt: learn the prompt's tokens too (released behaviour); the paper's loss is on the answer.
+            sum_datasets: the loss is the sum of the datasets' losses (released behaviour), and not their weighted mean.
             named_modes: modes in which validation and prediction name masks. None: a source's own mode and the
                 agnostic one in validation, the agnostic one in prediction.
             max_new_tokens: ids per name at most.
+            score_eos: whether the `score` in predictions.coco.json, which others rank by, includes the probability that
+                the name ends (released: no).
             compile_blocks: have torch compile the blocks of all parts for training, but for naming.
         """
         super().__init__()
         self.vision, self.qformer, self.language, self.modes = vision, qformer, language, modes
         self.optim = optim
-        self.weights, self.supervise_prompt = weights, supervise_prompt
-        self.named_modes, self.max_new_tokens = named_modes, max_new_tokens
+        self.weights, self.supervise_prompt, self.sum_datasets = weights, supervise_prompt, sum_datasets
+        self.named_modes, self.max_new_tokens, self.score_eos = named_modes, max_new_tokens, score_eos
         self.compile_blocks = compile_blocks
         self.scores = nn.ModuleDict()
         self.val_losses = nn.ModuleDict()
@@ -146,7 +153,7 @@ class OSMTask(lightning.LightningModule):
         ranks skip the step.
         """
         answers = self.osm(batch, supervise_prompt=self.supervise_prompt)
-        loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device))
+        loss = group_loss(answers, batch, self._weights(batch.datasets).to(self.device), self.sum_datasets)
         total = loss.total
         if not bool(total.isfinite()):
             warnings.warn(
@@ -160,6 +167,10 @@ class OSMTask(lightning.LightningModule):
         self.log_dict({name: loss.mean_g[g] for g, name in enumerate(groups) if present[g]})
         self.log("train/loss", total, prog_bar=True)
         return total
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What clips after every batch, where the config asks for that."""
+        return [ClipBatches()] if self.optim.clip == "batches" else []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and a schedule that counts optimizer steps.
@@ -179,10 +190,13 @@ class OSMTask(lightning.LightningModule):
 
     def _total_steps(self) -> float:
         # Lightning's own estimate would make the training loader before a resumed run has its state back.
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        per_epoch = math.ceil(self._data.batches_per_epoch / self.trainer.accumulate_grad_batches)
+        epochs, steps, batches = self.trainer.max_epochs, self.trainer.max_steps, self._data.batches_per_epoch
+        batches_per_step = self.trainer.accumulate_grad_batches
+        by_batches = self.optim.horizon == "batches"
+        per_epoch = batches if by_batches else math.ceil(batches / batches_per_step)
         by_epochs = math.inf if epochs in {None, -1} else per_epoch * epochs
-        return min(by_epochs, math.inf if steps == -1 else steps)
+        by_steps = math.inf if steps == -1 else steps * (batches_per_step if by_batches else 1)
+        return min(by_epochs, by_steps)
 
     def _weights(self, datasets: Sequence[str]) -> Tensor:
         return torch.tensor([self._data.sources[name].weight for name in datasets])
@@ -268,10 +282,7 @@ class OSMTask(lightning.LightningModule):
         return self._data.sources[dataset].mode or dataset
 
     def _modes_of(self, dataset: str) -> list[str]:
-        if self.named_modes is not None:
-            return self.named_modes
-        own = self._own_mode(dataset)
-        return [own, AGNOSTIC_NAME] if own in self.osm.modes.names else [AGNOSTIC_NAME]
+        return validation_modes(self._own_mode(dataset), self.osm.modes.names, self.named_modes)
 
     @property
     def _data(self) -> OSMData:

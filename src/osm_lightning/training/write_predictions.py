@@ -57,15 +57,18 @@ class WritePredictions(Callback):
     num_named = 0
     """Images that are named when the run ends; fewer than all where the trainer was to stop earlier."""
 
-    def __init__(self, source: SegmentSource, journal: PredictionJournal, plan: Callable[[], Plan]) -> None:
+    def __init__(
+        self, source: SegmentSource, journal: PredictionJournal, plan: Callable[[], Plan], score_eos: bool = True
+    ) -> None:
         """Opens nothing.
 
         Args:
             source: images and masks.
             journal: of the output folder.
             plan: what is to be named by what; only rank 0 asks.
+            score_eos: whether scores include EOS.
         """
-        self.source, self.journal, self.plan = source, journal, plan
+        self.source, self.journal, self.plan, self.score_eos = source, journal, plan, score_eos
         self._part: JournalPart | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -115,7 +118,7 @@ class WritePredictions(Callback):
         self._part.close()
         self.journal.wait(self._beginning, trainer.world_size)
         trainer.strategy.barrier("every rank has named its share")
-        self.num_named = on_rank_zero(trainer, lambda: publish(self.journal, self.source.keys))
+        self.num_named = on_rank_zero(trainer, lambda: publish(self.journal, self.source.keys, self.score_eos))
         self.journal.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
