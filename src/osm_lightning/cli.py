@@ -25,8 +25,9 @@ from osm_lightning.checkpoint_words import default_run, with_checkpoint
 from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
-from osm_lightning.missing_parts import missing_parts
+from osm_lightning.missing_parts import refuse_missing
 from osm_lightning.model.language import quiet_loading
+from osm_lightning.model_settings import LINKS, language_tokenizer
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
 from osm_lightning.training.engine_state import WholeFiles
@@ -45,15 +46,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data splits itself by rank, without repeating masks
 }
 
-LINKS = (
-    ("model.vision.image_size_px", "data.image_size_px"),
-    ("model.vision.patch_size_px", "data.patch_size_px"),
-    ("model.qformer.context", "data.context"),
-    ("model.qformer.instruction_tokenizer", "data.instruction_tokenizer"),
-    ("model.modes", "data.modes"),
-)
-"""Settings of the data that are the model's."""
-
 
 def split_at_commas(text: str | list[str]) -> list[str]:
     """A list written as `a,b`."""
@@ -68,9 +60,7 @@ class OSMCLI(LightningCLI):
         for source, target in LINKS:
             parser.link_arguments(source, target)
         parser.link_arguments(
-            ("model.language.tokenizer", "model.language.name"),
-            "data.tokenizer",
-            compute_fn=lambda tokenizer, name: tokenizer or name,
+            ("model.language.tokenizer", "model.language.name"), "data.tokenizer", compute_fn=language_tokenizer
         )
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -141,9 +131,7 @@ class OSMCLI(LightningCLI):
         check_tasks(self.options.trainer)
         if self.subcommand == "predict":
             self._check_prediction()
-        missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
-        if missing:
-            raise ValueError("this machine lacks what the config names:\n  " + "\n  ".join(missing))
+        refuse_missing(self.options, with_shards=self.subcommand != "predict")
 
     def _check_prediction(self) -> None:
         options = self.options

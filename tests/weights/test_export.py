@@ -18,7 +18,7 @@ from osm_lightning.weights.export import export, model_card
 CONFIG = """\
 model:
   vision: {name: weights/mini/vision, pretrained: null, architecture: null, image_size_px: 448, window_size_px: 224}
-  language: {name: weights/mini/language, architecture: null}
+  language: {name: weights/mini/language, tokenizer: "builtin:512", architecture: null}
   modes: [coco, ade20k]
 data:
   sources: {coco: {shards: data_shards/coco}, extra: {shards: data_shards/extra}}
