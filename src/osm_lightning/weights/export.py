@@ -99,12 +99,12 @@ osm validate --ckpt {path}
 ```python
 from osm_lightning import OSM
 
-scene = OSM.from_pretrained({str(folder)!r}).encode("photo.jpg")
-scene.name(masks, modes={list(modes)})  # bool[masks, height, width], or COCO RLE
+scene = OSM.from_pretrained({json.dumps(str(folder))}).encode("photo.jpg")
+scene.name(masks, modes={json.dumps(modes)})  # bool[masks, height, width], or COCO RLE
 ```
 
 Where the frozen weights lie elsewhere than the table says, add `--model.vision.name` (for an open_clip file
-`--model.vision.pretrained`) or `--model.language.name`.
+`--model.vision.pretrained`) or `--model.language.name`; in Python, `settings={{"model.vision.name": ...}}`.
 """
 
 
