@@ -24,7 +24,8 @@ from tiny_checkpoint import MODES, write_checkpoint, write_exported
 from osm_lightning import OSM, NamedMask, Scene
 from osm_lightning.__main__ import main
 
-HEIGHT, WIDTH = 60, 90
+HEIGHT, WIDTH = 240, 360
+"""Three times what the model sees, so that a mask of one pixel vanishes on the way."""
 NUM_MASKS = 70
 """More than go through the model at once."""
 SAME = 1e-6
@@ -60,14 +61,14 @@ def pixels() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def masks() -> NDArray[np.bool_]:
-    """Boxes anywhere, overlapping; the last is one pixel, and the one before it everything."""
+    """Boxes anywhere, overlapping; two are single pixels, and one is everything."""
     rng = np.random.default_rng(1)
     drawn = np.zeros((NUM_MASKS, HEIGHT, WIDTH), dtype=bool)
-    for mask in drawn:
-        y, x = rng.integers(0, HEIGHT - 5), rng.integers(0, WIDTH - 5)
-        mask[y : y + rng.integers(1, 40), x : x + rng.integers(1, 60)] = True
-    drawn[-2], drawn[-1] = True, False
-    drawn[-1, -1, 3] = True
+    for mask in drawn[:-3]:
+        y, x = rng.integers(0, HEIGHT - 20), rng.integers(0, WIDTH - 20)
+        mask[y : y + rng.integers(4, 160), x : x + rng.integers(4, 240)] = True
+    drawn[-3] = True
+    drawn[-2, 0, 0] = drawn[-1, -1, 4] = True
     return drawn
 
 
@@ -323,7 +324,7 @@ def test_what_is_no_image_is_refused(osm: OSM, image: Any, message: str) -> None
     [
         ({"masks": []}, "masks holds no mask"),
         ({"masks": np.zeros((1, HEIGHT, WIDTH), bool)}, "mask 0 is empty"),
-        ({"masks": np.ones((1, WIDTH, HEIGHT), bool)}, "mask 0 is 60 x 90 px, but the image is 90 x 60 px"),
+        ({"masks": np.ones((1, WIDTH, HEIGHT), bool)}, "mask 0 is 240 x 360 px, but the image is 360 x 240 px"),
         ({"masks": np.ones((1, HEIGHT, WIDTH))}, "mask 0 is float64"),
         ({"modes": ["lvis"]}, r"'lvis' is not one of this model's \(agnostic, coco, mine\)"),
         ({"modes": []}, "Give a list of some of agnostic, coco, mine"),
