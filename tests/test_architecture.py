@@ -24,7 +24,8 @@ LAYERS = (
     {"shards", "data", "model"},
     {"naming", "weights", "evaluation"},
     {"training"},
-    {"api", "checkpoint_words", "cli", "commands", "expectation", "missing_parts", "__main__", "__init__"},
+    {"api", "checkpoint_words", "cli", "commands", "expectation"}
+    | {"missing_parts", "model_settings", "__main__", "__init__"},
 )
 """Lowest first. Members of one layer are strangers to each other, but for the last one, which puts all together."""
 

@@ -85,6 +85,31 @@ def test_counts(batch: MaskBatch) -> None:
     assert (batch.num_images, batch.num_masks) == (1, 2)
 
 
+def test_a_part_takes_its_masks_and_the_images_that_they_point_at() -> None:
+    numbers = torch.arange(6)
+    names = tuple(field.name for field in dataclasses.fields(MaskBatch) if "_M" in field.name)
+    per_mask = {name: numbers.reshape(6, *[1] * (name.endswith("_MGG") + (name[-1] != "M"))) for name in names}
+    per_mask["image_index_M"] = torch.tensor([0, 1, 1, 2, 2, 3])
+    whole = MaskBatch(
+        images_I3SS=torch.arange(4).reshape(4, 1, 1, 1),
+        **per_mask,
+        datasets=("coco",),
+        keys=("a", "b", "c", "d"),
+        mask_ids=tuple("012345"),
+    )
+    part, images = whole.part(slice(2, 5))
+    assert images == slice(1, 3)
+    assert (part.keys, part.mask_ids, part.datasets) == (("b", "c"), ("2", "3", "4"), ("coco",))
+    assert part.images_I3SS.flatten().tolist() == [1, 2]
+    assert part.image_index_M.tolist() == [0, 1, 1]
+    for name in names:
+        if name != "image_index_M":
+            assert getattr(part, name).flatten().tolist() == [2, 3, 4], name
+    assert whole.part(slice(4, 99))[0].mask_ids == ("4", "5")
+    nothing, images = whole.part(slice(0, 0))
+    assert (nothing.num_masks, images) == (0, slice(0, 4))
+
+
 def test_in_mode_changes_only_the_mode(batch: MaskBatch) -> None:
     changed = batch.in_mode(1)
     assert changed.mode_M.tolist() == [1, 1]

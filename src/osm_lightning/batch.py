@@ -166,6 +166,15 @@ class MaskBatch:
             mask_ids=("made up",),
         )
 
+    def part(self, masks: slice) -> tuple[MaskBatch, slice]:
+        """Some neighbouring masks with the images that they point at, and which of the images these are."""
+        index_m = self.image_index_M[masks]
+        first, end = (int(index_m[0]), int(index_m[-1]) + 1) if len(index_m) else (0, self.num_images)
+        images = slice(first, end)
+        per_mask: dict[str, Any] = {name: getattr(self, name)[masks] for name in PER_MASK}
+        per_mask["image_index_M"] = index_m - first
+        return replace(self, images_I3SS=self.images_I3SS[images], keys=self.keys[images], **per_mask), images
+
     def in_mode(self, mode: int) -> MaskBatch:
         """The same masks, all in one mode."""
         return replace(self, mode_M=torch.full_like(self.mode_M, mode))
@@ -174,6 +183,10 @@ class MaskBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+
+PER_MASK = (*(field.name for field in fields(MaskBatch) if "_M" in field.name), "mask_ids")
+"""Fields of a batch that have a row per mask."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from osm_lightning.weights.checkpoint import config_of, find_checkpoint, found_checkpoints
+from osm_lightning.weights.own_tokenizers import resolved
 from osm_lightning.weights.sharded import is_sharded
 
 
@@ -25,6 +26,7 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         ValueError: the checkpoint does not exist or is not one of ours.
     """
     command, rest = argv[0], [word.replace("--trust-checkpoint", "--trust_checkpoint=true") for word in argv[1:]]
+    rest = [_with_own_tokenizers(word) for word in rest]
     argv = [command, *rest]
     trusted = "--trust_checkpoint=true" in rest
     if not any(word.split("=")[0] in {"--config", "-c", "--ckpt", "-h", "--help"} for word in rest):
@@ -55,6 +57,17 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         weights = ["--model.weights", "null" if command == "fit" else path]
         return [command, "--config", config, *rest, *weights]
     return argv
+
+
+def _with_own_tokenizers(word: str) -> str:
+    """Of an exported folder's config.yaml, which names tokenizers that lie beside it, its content with their paths."""
+    option, equals, value = word.partition("=") if word.startswith("--config=") else ("", "", word)
+    path = Path(value)
+    if path.name != "config.yaml" or not path.is_file():
+        return word
+    config = path.read_text(encoding="utf-8")
+    found = resolved(config, path.parent)
+    return word if found == config else f"{option}{equals}{found}"
 
 
 def own_checkpoint(words: list[str]) -> str | None:

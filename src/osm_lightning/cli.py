@@ -26,8 +26,9 @@ from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.expectation import Expectation, add_expected
 from osm_lightning.idle_hints import hide_idle_hints
-from osm_lightning.missing_parts import missing_parts
+from osm_lightning.missing_parts import refuse_missing
 from osm_lightning.model.language import quiet_loading
+from osm_lightning.model_settings import LINKS, language_tokenizer
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
 from osm_lightning.training.engine_state import WholeFiles
@@ -46,16 +47,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data splits itself by rank, without repeating masks
 }
 
-LINKS = (
-    ("model.vision.image_size_px", "data.image_size_px"),
-    ("model.vision.patch_size_px", "data.patch_size_px"),
-    ("model.qformer.context", "data.context"),
-    ("model.qformer.mask_rule", "data.mask_rule"),
-    ("model.qformer.instruction_tokenizer", "data.instruction_tokenizer"),
-    ("model.modes", "data.modes"),
-)
-"""Settings of the data that are the model's."""
-
 
 def split_at_commas(text: str | list[str]) -> list[str]:
     """A list written as `a,b`."""
@@ -73,9 +64,7 @@ class OSMCLI(LightningCLI):
         for source, target in LINKS:
             parser.link_arguments(source, target)
         parser.link_arguments(
-            ("model.language.tokenizer", "model.language.name"),
-            "data.tokenizer",
-            compute_fn=lambda tokenizer, name: tokenizer or name,
+            ("model.language.tokenizer", "model.language.name"), "data.tokenizer", compute_fn=language_tokenizer
         )
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -150,9 +139,7 @@ class OSMCLI(LightningCLI):
             self._check_prediction()
         if self.subcommand == "validate":
             self.expectation = Expectation(self.options)
-        missing = list(missing_parts(self.options, with_shards=self.subcommand != "predict"))
-        if missing:
-            raise ValueError("this machine lacks what the config names:\n  " + "\n  ".join(missing))
+        refuse_missing(self.options, with_shards=self.subcommand != "predict")
 
     def _check_prediction(self) -> None:
         options = self.options

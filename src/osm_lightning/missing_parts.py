@@ -12,6 +12,17 @@ from osm_lightning.shard_index import INDEX_FILE
 from osm_lightning.weights.registry import fetch_command
 
 
+def refuse_missing(options: Namespace, with_shards: bool) -> None:
+    """Refuses a config that this machine cannot work with.
+
+    Raises:
+        ValueError: lists all that is missing, each with the command that makes it.
+    """
+    missing = list(missing_parts(options, with_shards))
+    if missing:
+        raise ValueError("this machine lacks what the config names:\n  " + "\n  ".join(missing))
+
+
 def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
     """Every shard set and weight that a config names and this machine lacks, each with the command that makes it."""
     vision, language = options.model.vision, options.model.language
@@ -21,6 +32,7 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
         wanted.append((f"model.vision.{setting}", vision[setting]))
     if language.architecture is None:
         wanted.append(("model.language.name", language.name))
+    wanted.append(("model.language.tokenizer", language.tokenizer))
     wanted.append(("model.qformer.instruction_tokenizer", options.model.qformer.instruction_tokenizer))
     wanted.append(("model.weights", options.model.weights))
     for setting, name in wanted:

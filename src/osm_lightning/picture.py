@@ -42,6 +42,14 @@ def decode_jpeg(data: bytes, width_px: int, height_px: int, reduction: int) -> N
     return pixels
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB; 16 bits of grey are scaled, not cut off."""
+    if image.mode in {"I", "I;16", "I;16B"}:
+        grey = np.asarray(image).astype(np.float32) / 257.0
+        image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def decode_image(data: bytes, name: str) -> Image.Image:
     """Decodes an image of any mode (grey, palette, CMYK, 16 bit, alpha, EXIF rotation) to upright 8-bit RGB.
 
@@ -52,11 +60,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             size = image.size
             if size[0] * size[1] <= MAX_IMAGE_PIXELS:
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode in {"I", "I;16", "I;16B"}:
-                    grey = np.asarray(upright).astype(np.float32) / 257.0
-                    upright = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-                return upright.convert("RGB")
+                return as_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise ValueError(f"image {name} cannot be decoded: it is no JPEG, PNG or WebP. Replace the file.") from error
     except BROKEN_IMAGE as error:

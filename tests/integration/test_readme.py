@@ -140,13 +140,14 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos.yaml").write_text(OWN_DATA, encoding="utf-8")
     (folder / "masks.json").symlink_to("COCO/annotations/panoptic_train2017.json")
     (folder / "masks").symlink_to("COCO/annotations/panoptic_train2017")
+    (folder / "photo.jpg").symlink_to("COCO/train2017/000000000001.jpg")
     write_model(folder / "models" / "mini-coco", tmp_path_factory.mktemp("scratch"))
     return folder
 
 
 def test_every_command_is_of_a_kind_that_is_tried() -> None:
     assert {kind(words) for words in commands()} == {*LEAVES, *NOT_RUN}
-    assert {language for language, _ in BLOCK.findall(README)} == {"", "yaml"}
+    assert {language for language, _ in BLOCK.findall(README)} == {"", "python", "yaml"}
     assert README.count("```") == 2 * len(BLOCK.findall(README)), "a block that the pattern does not see"
 
 
@@ -187,6 +188,15 @@ def test_own_data_fits_on_top_of_the_recipe(clone: Path, capsys: pytest.CaptureF
     assert parsed["data"]["sources"].keys() == written["data"]["sources"].keys()
     for key, source in written["data"]["sources"].items():
         assert source.items() <= parsed["data"]["sources"][key].items()
+
+
+def test_names_come_from_python_too(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks("python")
+    head, question = block.rstrip().rsplit("\n", 1)
+    monkeypatch.chdir(clone)
+    space = {"masks": np.ones((2, 72, 96), dtype=bool)}
+    exec(head, space)
+    assert [list(mask.answers) for mask in eval(question.strip(), space)] == [["agnostic", "coco"]] * 2
 
 
 def test_weights_that_are_fetched_are_a_set_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import log
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from osm_lightning.model.lockstep import Lockstep
 from osm_lightning.model.osm import OSM
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS, Generated, generate_greedy, name_masks
 
@@ -137,6 +139,32 @@ def tiny_batch(num_masks: int = 3) -> MaskBatch:
     )
 
 
+class Exchange:
+    """Where threads that stand for processes put their numbers."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.numbers, self.barrier = [0] * num_ranks, Barrier(num_ranks, timeout=60)
+
+    def most(self, rank: int, number: int) -> int:
+        self.numbers[rank] = number
+        self.barrier.wait()
+        found = max(self.numbers)
+        self.barrier.wait()
+        return found
+
+
+class Together(Lockstep):
+    """One of the processes."""
+
+    together = True
+
+    def __init__(self, exchange: Exchange, rank: int) -> None:
+        self.exchange, self.rank = exchange, rank
+
+    def most(self, count: int) -> int:
+        return self.exchange.most(self.rank, count)
+
+
 def spelled(ids: Any) -> str:
     return " " + " ".join(map(str, ids)) + " "
 
@@ -171,6 +199,34 @@ class TestNameMasks:
         ):
             assert other.answers["coco"].token_ids == mask.answers["coco"].token_ids
             assert other.answers["coco"].logprob == pytest.approx(mask.answers["coco"].logprob, abs=1e-5)
+
+    def test_processes_that_share_weights_call_every_module_alike(self) -> None:
+        """One has three chunks and the other one: a call that only one of them made would hang both."""
+        most, called, named = Exchange(2), ([], []), [None, None]
+        models, batches = [tiny_model() for _ in called], [tiny_batch(3), tiny_batch(1)]
+        images = [model.encode(batch.images_I3SS) for model, batch in zip(models, batches, strict=True)]
+        parts = list(zip(models, images, batches, strict=True))
+        wanted = [name_masks(*of_rank, ["coco", "lvis"], spelled, (2, 7)) for of_rank in parts]
+        for rank, model in enumerate(models):
+            model.lockstep = Together(most, rank)
+            for name, module in model.named_modules():
+                if next(module.parameters(recurse=False), None) is not None:
+                    module.register_forward_pre_hook(lambda *_, name=name, calls=called[rank]: calls.append(name))
+
+        def work(rank: int) -> None:
+            named[rank] = name_masks(*parts[rank], ["coco", "lvis"], spelled, (2, 7), rows_per_chunk=1)
+
+        threads = [Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert called[0] == called[1]
+        assert len([name for name in called[0] if name == "qformer.layers.0.self_attention.query"]) == 3 * 2
+        for found, alone in zip(named, wanted, strict=True):
+            assert [mask.answers["lvis"].token_ids for mask in found] == [
+                mask.answers["lvis"].token_ids for mask in alone
+            ]
 
     def test_the_agnostic_mode_has_an_alias(self) -> None:
         model, batch = tiny_model(), tiny_batch()

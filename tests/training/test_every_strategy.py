@@ -22,7 +22,7 @@ SAME_ATOL = 1e-6
 """Where the same operations are to be done in the same order."""
 BF16_ATOL = 0.1
 """bfloat16 has 8 bits: 0.4 % of a loss near 7 are 0.03, and 6 steps may add up."""
-TINY_CLIP = {"gradient_clip_val": 1e-7}
+TINY_CLIP = 1e-7
 """Adam divides by the gradient's size, so that a clip is felt only where it leaves less than Adam's epsilon of 1e-8:
 here, spread over 60,000 values, 4e-10 of each."""
 
@@ -48,7 +48,7 @@ def unclipped(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def clipped(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     folder = tmp_path_factory.mktemp("one")
-    return losses(Job(folder, steps=10, union_of=2, accumulate=2, trainer=TINY_CLIP))
+    return losses(Job(folder, steps=10, union_of=2, accumulate=2, clip=TINY_CLIP))
 
 
 @pytest.mark.parametrize("strategy", EVERY)
@@ -56,7 +56,7 @@ def test_gradients_are_accumulated_and_clipped_as_in_one_process(
     strategy: str, unclipped: torch.Tensor, clipped: torch.Tensor, tmp_path: Path
 ) -> None:
     assert (unclipped - clipped).abs().max() > 100 * LOSS_ATOL, "the clip changes too little for this to say much"
-    ranks = losses(Job(tmp_path, strategy, ranks=2, steps=10, accumulate=2, trainer=TINY_CLIP))
+    ranks = losses(Job(tmp_path, strategy, ranks=2, steps=10, accumulate=2, clip=TINY_CLIP))
     assert far_apart(f"{strategy}, clipped", ranks.T.reshape(1, -1), clipped) < LOSS_ATOL
 
 

@@ -173,11 +173,13 @@ def test_plan_changes_with_what_names_depend_on(
 
 
 def test_plan_stays_for_what_names_do_not_depend_on(tmp_path: Path, source: SegmentSource, options: Namespace) -> None:
+    options.model.language.update(str(tmp_path / "ckpt" / "tokenizer"), "tokenizer")  # an exported folder's own
     before = naming_plan(source, options)
     options.trainer.devices = 8
     options.model.optim.lr = 2.0
     (tmp_path / "ckpt").rename(tmp_path / "moved")
     options.model.weights = str(tmp_path / "moved")
+    options.model.language.update(str(tmp_path / "moved" / "tokenizer"), "tokenizer")
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").rename(tmp_path / "images")
     assert naming_plan(read(tmp_path), options) == before

@@ -18,7 +18,7 @@ from osm_lightning.weights.export import export, model_card
 CONFIG = """\
 model:
   vision: {name: weights/mini/vision, pretrained: null, architecture: null, image_size_px: 448, window_size_px: 224}
-  language: {name: weights/mini/language, architecture: null}
+  language: {name: weights/mini/language, tokenizer: "builtin:512", architecture: null}
   modes: [coco, ade20k]
 data:
   sources: {coco: {shards: data_shards/coco}, extra: {shards: data_shards/extra}}
@@ -66,6 +66,9 @@ def test_card_says_what_it_is_and_how_it_is_used() -> None:
     assert "| vision | `weights/mini/vision` | `0123456789abcdef` |" in card
     assert "| language | `weights/mini/language` | `fedcba9876543210` |" in card
     assert "osm predict --ckpt models/mine --images IMAGES --masks MASKS --modes agnostic,coco,ade20k --out" in card
+    assert 'OSM.from_pretrained("models/mine").encode("photo.jpg")' in card
+    assert 'scene.name(masks, modes=["agnostic", "coco", "ade20k"])' in card
+    assert "Tokenizers: the LLM's is made by osm_lightning (`builtin:512`)." in card
     assert "optim" not in card
 
 

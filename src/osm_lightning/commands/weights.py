@@ -34,8 +34,9 @@ example:
 
 EXPORT_DESCRIPTION = """\
 Turns a checkpoint of `osm fit` into a folder to share: model.safetensors with the trained tensors, config.yaml,
-frozen.json (which frozen weights they belong to) and a README.md to complete by hand. The optimizer's state stays
-behind. `osm predict --ckpt FOLDER` and `osm validate --ckpt FOLDER` take it like any checkpoint.
+frozen.json (which frozen weights they belong to), tokenizer/ and qformer_tokenizer/ (unless they are built-in) and a
+README.md to complete by hand. The optimizer's state stays behind. `osm predict --ckpt FOLDER`, `osm validate --ckpt
+FOLDER` and OSM.from_pretrained(FOLDER) in Python take it like any checkpoint, wherever it is moved.
 """
 
 EXPORT_EXAMPLE = """\

@@ -16,7 +16,7 @@ from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context, MaskRule
 from osm_lightning.data.loader import EpochLoader
 from osm_lightning.data.mixture import Mixture, Source
-from osm_lightning.data.sample import Labels, View, whole_sample
+from osm_lightning.data.sample import PREDICTED, Labels, View, whole_sample
 from osm_lightning.data.stream import ShardSet, Share
 from osm_lightning.data.text import TextCodec
 from osm_lightning.data.worker import start_worker
@@ -263,7 +263,7 @@ class OSMData(lightning.LightningDataModule):
         """
         if self.predicted is None:
             raise ValueError("there is nothing to predict: give --images and --masks.")
-        return self._whole(Whole(self.predicted, Labels("predicted"), self.view, self.codec, keep_vanished=True))
+        return self._whole(Whole(self.predicted, PREDICTED, self.view, self.codec, keep_vanished=True))
 
     def _whole(self, dataset: Whole) -> DataLoader[MaskBatch]:
         # Processes that share the weights need as many batches each; what pads has no masks and counts nowhere.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from osm_lightning.batch import FREE_TEXT, MaskSample
 from osm_lightning.data import geometry
@@ -52,6 +53,10 @@ class Labels:
                 f"data.sources.{self.dataset}.vocabulary."
             )
         return self.vocabulary.by_id[segment.class_id].names[0]
+
+
+PREDICTED = Labels("predicted")
+"""Those of masks that are to be named: none."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,28 @@ def draw_sample(
 def whole_sample(
     record: Record, labels: Labels, view: View, codec: TextCodec, keep_vanished: bool = False
 ) -> MaskSample:
-    """Takes all segments that count, with the image whole and the question of the protocol.
+    """An image whole, and all of its segments that count; see `whole_masks`."""
+    return whole_masks(record, whole_image(record.image(), view), labels, view, codec, keep_vanished)
+
+
+def whole_image(image: Image.Image, view: View) -> NDArray[np.uint8]:
+    """uint8[S, S, 3], an RGB image as evaluation and prediction see it: whole."""
+    return geometry.place_image(image, geometry.fit(*image.size, view.image_size_px))
+
+
+def whole_masks(
+    record: Record,
+    image_SS3: NDArray[np.uint8],
+    labels: Labels,
+    view: View,
+    codec: TextCodec,
+    keep_vanished: bool = False,
+) -> MaskSample:
+    """Takes all segments that count, with the question of the protocol.
 
     Args:
-        record: the image and its segments.
+        record: the image's size and its segments; its bytes are not read.
+        image_SS3: what `whole_image` made of the image.
         labels: what names mean.
         view: how records are turned into what the model sees.
         codec: tokenizers.
@@ -152,8 +175,7 @@ def whole_sample(
     if keep_vanished:
         seen = {i: found or view.centre(record, i, placement) for i, found in seen.items()}
     present = {i: found for i, found in seen.items() if found is not None}
-    image = geometry.place_image(record.image(), placement)
-    sample = _assemble(record, labels, view, codec, image, present, [TEST_QUESTION] * len(present))
+    sample = _assemble(record, labels, view, codec, image_SS3, present, [TEST_QUESTION] * len(present))
     return sample.with_vanished(len(counted) - len(present))
 
 

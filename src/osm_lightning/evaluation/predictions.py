@@ -49,7 +49,7 @@ def write_image(part: JournalPart, record: Record, named: Sequence[NamedMask]) -
     segment_map = record.segment_map()
     masks = []
     for index, mask in zip(indices, named, strict=True):
-        _refuse_nan(mask)
+        refuse_nan(mask)
         segment = record.segments[index]
         masks.append(
             {
@@ -190,7 +190,12 @@ def _first(by_mode: Mapping[str, Any]) -> Any:
     return next(iter(by_mode.values()))
 
 
-def _refuse_nan(mask: NamedMask) -> None:
+def refuse_nan(mask: NamedMask) -> None:
+    """Refuses names whose probability is none.
+
+    Raises:
+        ValueError: a log probability is not finite.
+    """
     for mode, answer in mask.answers.items():
         if not math.isfinite(answer.logprob) or not math.isfinite(answer.logprob_no_eos):
             raise ValueError(

@@ -34,6 +34,10 @@ class EncodedImages:
 
     keys_values: list[KeysValues | None]
 
+    def part(self, images: slice) -> EncodedImages:
+        """Some of the images; nothing is copied."""
+        return EncodedImages([layer and KeysValues(*(of_I[images] for of_I in layer)) for layer in self.keys_values])
+
 
 class AnswerLogits(NamedTuple):
     """Predictions of the supervised tokens, and nothing of the others. A tuple: engines look for tensors in it."""

@@ -107,7 +107,7 @@ def name_masks(
         decode: from ids to text.
         eos_ids: ids that end a name.
         max_new_tokens: ids per name at most.
-        rows_per_chunk: (mask, mode) pairs that are generated together; bounds the cache.
+        rows_per_chunk: masks that go through the Q-Former and the LLM together; bounds their memory.
 
     Returns:
         One entry per mask, in order.
@@ -116,16 +116,16 @@ def name_masks(
         ValueError: an unknown mode, or masks with different prompts.
     """
     answers: list[dict[str, Answer]] = [{} for _ in range(batch.num_masks)]
+    chunks = [batch.part(slice(begin, begin + rows_per_chunk)) for begin in range(0, batch.num_masks, rows_per_chunk)]
+    # A process with fewer chunks than others goes along with its first mask, of which nothing is kept.
+    made_up = [batch.part(slice(0, 1))] * (model.lockstep.most(len(chunks)) - len(chunks))
     for mode in modes:
-        in_mode = batch.in_mode(mode_index(mode, model.modes.names))
-        prefix_RXZ = prompt_embeddings(model, images, in_mode)
-        chunks = prefix_RXZ.split(rows_per_chunk)
-        made_up = [prefix_RXZ[:0]] * (model.lockstep.most(len(chunks)) - len(chunks))
-        generated = [
-            result
-            for chunk_RXZ in (*chunks, *made_up)
-            for result in generate_greedy(model.language, chunk_RXZ, eos_ids, max_new_tokens, model.lockstep)
-        ]
+        index = mode_index(mode, model.modes.names)
+        generated: list[Generated] = []
+        for number, (chunk, which) in enumerate((*chunks, *made_up)):
+            prefix_RXZ = prompt_embeddings(model, images.part(which), chunk.in_mode(index))
+            rows_RXZ = prefix_RXZ if number < len(chunks) else prefix_RXZ[:0]
+            generated += generate_greedy(model.language, rows_RXZ, eos_ids, max_new_tokens, model.lockstep)
         for answer, result in zip(answers, generated, strict=True):
             answer[mode] = Answer(
                 decode(result.token_ids).strip(), tuple(result.token_ids), result.logprob, result.logprob_no_eos

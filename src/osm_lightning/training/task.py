@@ -30,8 +30,9 @@ from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
 from osm_lightning.training.sharding import Sharding
 from osm_lightning.training.strategies import register_strategies
+from osm_lightning.weights.build import build_model
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
-from osm_lightning.weights.trained import check_tensors, load_trained
+from osm_lightning.weights.trained import check_tensors
 
 register_strategies()
 
@@ -104,10 +105,9 @@ class OSMTask(lightning.LightningModule):
         compiled = self.compile_blocks and self.trainer.state.fn == "fit"
         if compiled and sharding is not None:
             sharding.check_compiling()
-        osm = OSM(self.vision, self.qformer, self.language, self.modes, shard, compiled)
-        self._check_tokenizers(osm)
-        if self.weights is not None:
-            load_trained(osm, read_checkpoint(self.weights, self.trust_checkpoint))
+        checkpoint = None if self.weights is None else read_checkpoint(self.weights, self.trust_checkpoint)
+        parts = self.vision, self.qformer, self.language, self.modes
+        osm = build_model(*parts, self._data.codec, checkpoint, shard, compiled)
         if sharding is not None:
             osm.lockstep = sharding.lockstep
             self._data.in_step = osm.lockstep.together
@@ -287,16 +287,3 @@ class OSMTask(lightning.LightningModule):
     @property
     def _data(self) -> OSMData:
         return cast("OSMData", cast("Any", self.trainer).datamodule)
-
-    def _check_tokenizers(self, osm: OSM) -> None:
-        codec, rows = self._data.codec, self.qformer.instruction_vocabulary
-        if self.qformer.instruction_tokenizer and codec.instruction_vocabulary > rows:
-            raise ValueError(
-                f"model.qformer.instruction_vocabulary is {rows}, but {self.qformer.instruction_tokenizer} has "
-                f"{codec.instruction_vocabulary} ids: set it to that."
-            )
-        if codec.language_vocabulary > osm.language.vocabulary_size:
-            raise ValueError(
-                f"the tokenizer has {codec.language_vocabulary} ids, but the LLM's vocabulary holds "
-                f"{osm.language.vocabulary_size}: they don't belong together. Set model.language.tokenizer."
-            )

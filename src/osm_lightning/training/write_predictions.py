@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
 import torch.distributed as dist
@@ -170,6 +171,8 @@ def naming_plan(source: SegmentSource, options: Namespace) -> Plan:
     model = options.model.as_dict()
     settings = json.dumps({name: model[name] for name in NAMING_SETTINGS}, sort_keys=True, default=str)
     weights, untrained = options.model.weights, f"none, seed {options.seed_everything}"
+    if weights is not None:
+        settings = settings.replace(json.dumps(str(Path(weights).resolve()))[:-1], '"own:')  # its place doesn't count
     return {
         "osm_lightning": version("osm_lightning"),
         "checkpoint": untrained if weights is None else _fingerprint(weights, options.trust_checkpoint),

@@ -1,7 +1,8 @@
 """What a run leaves behind: trained tensors, the resolved config, and the identity of the frozen parts.
 
 Two forms hold the same: Lightning's `.ckpt` file (with optimizer state beside, to resume), and a folder of
-`model.safetensors`, `config.yaml` and `frozen.json` (to share). Nothing is unpickled but plain tensors and numbers.
+`model.safetensors`, `config.yaml`, `frozen.json` and tokenizers (to share). Nothing is unpickled but plain tensors and
+numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from osm_lightning.batch import mode_names
+from osm_lightning.weights.own_tokenizers import copy_tokenizer, resolved
 from osm_lightning.weights.sharded import MARKER, is_sharded, partial_of, read_marker, read_sharded, whole
 
 CONTENT_KEY = "osm"
@@ -176,34 +179,51 @@ def _written_at(path: Path) -> float:
     return ((path / MARKER) if path.is_dir() else path).stat().st_mtime
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, card: str, files: Mapping[str, str] | None = None) -> None:
+def write_folder(
+    checkpoint: Checkpoint,
+    folder: Path,
+    card: str,
+    tokenizers: Mapping[str, str] = MappingProxyType({}),
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes the shareable form; the folder appears whole or not at all.
 
     Args:
-        checkpoint: what it holds.
+        checkpoint: its content.
         folder: the new folder.
         card: its README.md.
+        tokenizers: from folders in it to the tokenizers that are copied there.
         files: further texts by file name.
 
     Raises:
-        ValueError: the folder exists, or cannot be written.
+        ValueError: the folder exists or cannot be written, or a tokenizer cannot be copied.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists. Remove it, or give another --out.")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _fill(checkpoint, partial, {"README.md": card, **files}, tokenizers)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(folder)
+
+
+def _fill(checkpoint: Checkpoint, partial: Path, files: Mapping[str, str], tokenizers: Mapping[str, str]) -> None:
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in checkpoint.tensors.items()}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "config.yaml").write_text(checkpoint.config, encoding="utf-8")
     (partial / "frozen.json").write_text(json.dumps(dict(checkpoint.frozen), indent=1) + "\n", encoding="utf-8")
-    for name, text in {"README.md": card, **(files or {})}.items():
+    for name, text in files.items():
         (partial / name).write_text(text, encoding="utf-8")
     (partial / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
-    for file in partial.iterdir():
+    for name, tokenizer in tokenizers.items():
+        copy_tokenizer(tokenizer, partial / name)
+    for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as written:
             os.fsync(written.fileno())
-    partial.rename(folder)
 
 
 def found_checkpoints(root: Path = Path("runs"), most: int = 8) -> str:
@@ -219,9 +239,9 @@ def found_checkpoints(root: Path = Path("runs"), most: int = 8) -> str:
 def _read_folder(folder: Path) -> Checkpoint:
     try:
         tensors = load_file(folder / "model.safetensors")
-        config = (folder / "config.yaml").read_text(encoding="utf-8")
+        config = resolved((folder / "config.yaml").read_text(encoding="utf-8"), folder)
         frozen: dict[str, str] = dict(json.loads((folder / "frozen.json").read_text(encoding="utf-8")))
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"folder {folder} is no checkpoint ({error}). It must hold model.safetensors, config.yaml and frozen.json, "
             f"as `osm weights export` writes them. {found_checkpoints()}"

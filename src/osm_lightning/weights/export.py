@@ -1,13 +1,14 @@
-"""A checkpoint as a folder to share: safetensors, config, the frozen parts' identity and a card that explains them.
+"""A checkpoint as a folder to share: safetensors, config, tokenizers, the frozen parts' identity and a card.
 
-The optimizer's state stays behind, and so does everything frozen: who uses the folder needs the same frozen weights,
-and is told so when they differ.
+The optimizer's state stays behind, and so do the frozen weights: who uses the folder needs the same ones, and is told
+so when they differ.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import yaml
 
 from osm_lightning.batch import mode_names
+from osm_lightning.data.text import BUILTIN
 from osm_lightning.weights.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, write_folder
+from osm_lightning.weights.own_tokenizers import OWN, pointed, tokenizers_of
 
 
 def export(ckpt: str, out: Path, half: bool = False) -> Checkpoint:
@@ -37,10 +40,12 @@ def export(ckpt: str, out: Path, half: bool = False) -> Checkpoint:
     if half:
         checkpoint = replace(checkpoint, tensors={name: tensor.half() for name, tensor in checkpoint.tensors.items()})
     try:
+        config, tokenizers = pointed(checkpoint.config)
+        checkpoint = replace(checkpoint, config=config)
         card = model_card(checkpoint, out) + scores_of(path)
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its config is not that of a run of `osm fit` ({error!r}).") from error
-    write_folder(checkpoint, out, card)
+    write_folder(checkpoint, out, card, tokenizers)
     return checkpoint
 
 
@@ -83,6 +88,8 @@ compared when it is loaded.
 |---|---|---|
 {frozen}
 
+Tokenizers: {"; ".join(_tokenizers(model))}.
+
 ## Use
 
 ```
@@ -90,8 +97,15 @@ osm predict --ckpt {path} --images IMAGES --masks MASKS --modes {",".join(modes)
 osm validate --ckpt {path}
 ```
 
+```python
+from osm_lightning import OSM
+
+scene = OSM.from_pretrained({json.dumps(str(folder))}).encode("photo.jpg")
+scene.name(masks, modes={json.dumps(modes)})  # bool[masks, height, width], or COCO RLE
+```
+
 Where the frozen weights lie elsewhere than the table says, add `--model.vision.name` (for an open_clip file
-`--model.vision.pretrained`) or `--model.language.name`.
+`--model.vision.pretrained`) or `--model.language.name`; in Python, `settings={{"model.vision.name": ...}}`.
 """
 
 
@@ -117,6 +131,18 @@ them again):
 |---|---|---|---|---|---|---|
 {table}
 """
+
+
+def _tokenizers(model: dict[str, Any]) -> Iterator[str]:
+    """What the card says of each tokenizer."""
+    for part, _, name in tokenizers_of(model):
+        of = "the LLM's" if part == "language" else "MaskQ-Former's"
+        if name.startswith(OWN):
+            yield f"{of} is in `{name.removeprefix(OWN)}/`"
+        elif name.startswith(BUILTIN):
+            yield f"{of} is made by osm_lightning (`{name}`)"
+        else:
+            yield f"{of} is not in this folder, but `{name}`"
 
 
 def _origin(part: dict[str, Any]) -> str:

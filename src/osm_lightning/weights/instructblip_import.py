@@ -89,7 +89,7 @@ def import_model(
     checkpoint = Checkpoint(start, config_text(settings, seed), frozen)
     card = _card(checkpoint, out, instructblip, released, reports, allow, seed)
     content = {"loads": [report.as_dict() for report in reports], "allowed": list(allow), "seed": seed}
-    write_folder(checkpoint, out, card, {"load_report.json": json.dumps(content, indent=1) + "\n"})
+    write_folder(checkpoint, out, card, files={"load_report.json": json.dumps(content, indent=1) + "\n"})
     return Import(checkpoint, tuple(reports))
 
 

@@ -74,9 +74,7 @@ class AnnotatedMasks:
                 counts = to_rle(segmentation, height_px, width_px)
             except ValueError as error:
                 raise ValueError(f"{where} {error}.") from error
-            area_px, box = area_and_box(counts, height_px)
-            _refuse_empty(where, area_px)
-            segments.append(Segment(id=mask_id, area_px=area_px, bbox_xywh_px=box, rle=counts))
+            segments.append(segment_of_rle(mask_id, counts, height_px, where))
         return tuple(segments), None
 
 
@@ -134,10 +132,25 @@ class BinaryMasks:
         segments = []
         for path in self.pngs:
             mask = _foreground(*_read_png(path, height_px, width_px))
-            area_px = int(mask.sum())
-            _refuse_empty(f"mask {path}", area_px)
-            segments.append(Segment(id=path.stem, area_px=area_px, bbox_xywh_px=box_of(mask), rle=encode_rle(mask)))
+            segments.append(segment_of_rle(path.stem, encode_rle(mask), height_px, f"mask {path}"))
         return tuple(segments), None
+
+
+def segment_of_rle(mask_id: str, counts: str, height_px: int, where: str) -> Segment:
+    """One mask's facts, of compressed counts that are known to fill the image.
+
+    Args:
+        mask_id: its id within the image.
+        counts: compressed COCO RLE.
+        height_px: height of the image.
+        where: what a message calls it.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    area_px, box = area_and_box(counts, height_px)
+    _refuse_empty(where, area_px)
+    return Segment(id=mask_id, area_px=area_px, bbox_xywh_px=box, rle=counts)
 
 
 def _foreground(mode: str, pixels: NDArray[Any]) -> NDArray[np.bool_]:
