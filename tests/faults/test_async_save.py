@@ -78,6 +78,15 @@ def test_a_signal_within_a_write_leaves_a_whole_checkpoint(folders, ranks):
     same(beside, whole, ranks)
 
 
+def test_a_signal_whose_checkpoint_fails_is_not_said_to_be_saved(tmp_path):
+    run = Fit(tmp_path, interruptible=True, beside=True, most_bytes=[SMALL])
+    run.wait_for_lines(3)
+    run.signal(signal.SIGTERM, 0)
+    assert run.wait() == [1]
+    assert f"ValueError: checkpoint {tmp_path}/last.ckpt could not be written: " in run.said()
+    assert "SIGTERM: saved" not in run.said()
+
+
 @pytest.mark.parametrize("ranks", [1, cluster(2)])
 def test_a_write_that_fails_ends_the_run_at_the_next_save(tmp_path, ranks):
     run = Fit(tmp_path, ranks=ranks, beside=True, most_bytes=[SMALL])
