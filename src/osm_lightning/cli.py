@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.checkpoint_words import default_run, with_checkpoint
@@ -30,8 +30,8 @@ from osm_lightning.missing_parts import refuse_missing
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.model_settings import LINKS, language_tokenizer
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
-from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting
-from osm_lightning.training.engine_state import WholeFiles
+from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting, told_once
+from osm_lightning.training.engine_state import WholeFiles, WritesBeside
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.strategies import STRATEGIES
@@ -200,7 +200,7 @@ class OSMCLI(LightningCLI):
                     f"--async_save is for one file that one process writes, but trainer.strategy {config['strategy']} "
                     "writes a folder with all of them. Leave it out, or use trainer.strategy ddp."
                 )
-            files = AsyncCheckpointIO(files)
+            files = WritesBeside(files)
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), files]
         trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
@@ -270,7 +270,7 @@ def main(argv: list[str]) -> int:
     hide_idle_hints()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        with meeting():
+        with meeting(), told_once():
             return OSMCLI(
                 OSMTask,
                 OSMData,

@@ -176,6 +176,16 @@ def test_ranks_split_validation_without_repeats(source, count):
     assert read == Counter({f"val-{n}": 1 for n in range(5)})
 
 
+def test_fewer_images_than_processes_leave_none_without_a_batch(source):
+    """Lightning would end the run, or leave validation out on that process while the others wait for it."""
+    num_masks = []
+    for rank in range(7):
+        (loader,) = act_as_rank(make_data({"mine": source}), rank, 7).val_dataloader()
+        (batch,) = loader
+        num_masks.append(batch.num_masks)
+    assert num_masks == [3, 3, 3, 3, 3, 0, 0]
+
+
 def test_validation_does_not_touch_the_training_splits(folder, source):
     (folder / "train-00000.tar").unlink()
     assert len(list(make_data({"mine": source}).val_dataloader()[0])) == 5

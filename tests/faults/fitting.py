@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from osm_lightning.batch import MaskBatch
-from osm_lightning.training.engine_state import WholeFiles
+from osm_lightning.training.engine_state import WholeFiles, WritesBeside
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
 from osm_lightning.training.task import OSMTask
@@ -33,6 +33,10 @@ class Diary(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves word that the ranks have met and watch each other; nothing has been built or loaded yet."""
+        met_path(self.path.parent).touch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
@@ -89,6 +93,7 @@ def fit(
     interruptible: bool = False,
     poisoned: Mapping[int, Sequence[int]] = MappingProxyType({}),
     slow_disk_s: float = 0.0,
+    beside: bool = False,
     **settings: Any,
 ) -> None:
     """Fits for two epochs, from the folder's last.ckpt where there is one; saves every second step.
@@ -104,6 +109,7 @@ def fit(
         interruptible: save when a signal comes, instead of every second step.
         poisoned: from a rank to the numbers of its batches that are made useless.
         slow_disk_s: how long the disk takes to have a file for good.
+        beside: write checkpoints while training goes on, as --async_save does.
         settings: the trainer's.
     """
     torch.set_num_threads(1)
@@ -131,7 +137,7 @@ def fit(
         strategy=strategy if ranks > 1 else "auto",
         enable_checkpointing=True,
         use_distributed_sampler=False,
-        plugins=[WholeFiles()],
+        plugins=[WritesBeside(WholeFiles()) if beside else WholeFiles()],
         callbacks=[
             WatchRanks(),
             Poison(poisoned.get(rank, ())),
@@ -151,6 +157,11 @@ def fit(
 def diary_path(folder: Path, rank: int = 0) -> Path:
     """Where a rank writes."""
     return folder / f"diary-{rank}.jsonl"
+
+
+def met_path(folder: Path) -> Path:
+    """A file that is there once the ranks of a run have met."""
+    return folder / "met"
 
 
 def diary(folder: Path, rank: int = 0) -> dict[int, tuple[str, ...]]:

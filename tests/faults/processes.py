@@ -9,16 +9,18 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import diary, diary_path, fit
+from fitting import diary, diary_path, fit, met_path
+
+from osm_lightning.weights.sharded import partial_of
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fitting"])
+CONTEXT.set_forkserver_preload(["fitting", "deepspeed"])
 
 TIMEOUT_S = 300
 """Longest fit; after it a test fails."""
@@ -47,6 +49,8 @@ class Fit:
         """
         self.folder, self.ranks = folder, ranks
         self._lines_before = lines(folder)
+        self._began_s = time.time()
+        met_path(folder).unlink(missing_ok=True)
         port = free_port()
         limits = [*most_bytes, *[resource.RLIM_INFINITY] * (ranks - len(most_bytes))]
         self.processes: list[BaseProcess] = [
@@ -58,7 +62,29 @@ class Fit:
 
     def wait_for_lines(self, number: int) -> None:
         """Waits until rank 0 has trained on so many more batches, or a rank has ended."""
-        while self.all_alive() and lines(self.folder) < self._lines_before + number:
+        self._wait_until(lambda: self.new_lines() >= number)
+
+    def wait_for_meeting(self) -> None:
+        """Waits until the ranks watch each other, or one has ended."""
+        self._wait_until(met_path(self.folder).exists)
+
+    def wait_for_save(self) -> None:
+        """Waits until a checkpoint has been begun, or a rank has ended."""
+        self._wait_until(self.saves)
+
+    def new_lines(self) -> int:
+        """Batches that rank 0 has trained on in this run."""
+        return lines(self.folder) - self._lines_before
+
+    def saves(self) -> bool:
+        """Whether there is a checkpoint that this run has begun, and that is not whole yet."""
+        try:
+            return partial_of(self.folder / "last.ckpt").stat().st_mtime > self._began_s  # earlier kills leave some too
+        except FileNotFoundError:
+            return False
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        while self.all_alive() and not holds():
             time.sleep(0.002)
 
     def all_alive(self) -> bool:

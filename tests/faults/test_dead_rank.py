@@ -38,7 +38,7 @@ def test_a_killed_rank_ends_the_other_at_once(tmp_path, whom):
     assert f"process {pid}) died without a word: killed, out of memory, or its node is gone." in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("whom", [0, 1])
 def test_a_stopped_rank_ends_the_other_within_a_minute(tmp_path, whom):
     code, message, _, _ = end_of_two(tmp_path, signal.SIGSTOP, whom)

@@ -1,10 +1,22 @@
 """A fit that is killed at any moment and resumed trains on the very batches of one that never was."""
 
+import os
 import random
+import signal
+from collections import Counter
 
 import pytest
 from fitting import diary
-from processes import Fit, finish
+from processes import Fit, finish, same
+
+SLOW_DISK_S = 0.3
+"""In some runs: every file of a checkpoint takes so long."""
+
+FILES = {"ddp": 1, "deepspeed_zero2": 4, "deepspeed_zero3": 4, "fsdp2": 5}
+"""Of a checkpoint of two ranks, by strategy."""
+
+STEPS = 40
+"""Of an epoch of the two that are killed twenty times."""
 
 
 def resumed_until_done(folder, num_workers, kills, most_lines, **settings):
@@ -55,3 +67,46 @@ def test_twenty_kills_change_nothing(folders, num_workers):
     finish(whole, num_workers, steps=150)
     resumed_until_done(killed, num_workers, kills=20, most_lines=20, steps=150)
     assert diary(killed) == diary(whole)
+
+
+def killed_once(folder, strategy, number, rng):
+    """Starts two ranks, kills one of them at a random moment, and sees the other end by itself.
+
+    Every third run has a slow disk and is killed while it saves, or not much later. The others are killed within their
+    next step, or before their first.
+
+    Returns:
+        What the run was at.
+    """
+    slow = number % 3 == 2
+    run = Fit(folder, ranks=2, strategy=strategy, steps=STEPS, slow_disk_s=SLOW_DISK_S if slow else 0.0)
+    num_lines = rng.randint(0, 2 if slow else 6)
+    run.wait_for_meeting()
+    run.wait_for_lines(num_lines)
+    if slow:
+        run.wait_for_save()
+    longest_s = 1.2 * SLOW_DISK_S * FILES[strategy] if slow else 0.5 if num_lines else 2.0
+    run.processes[0].join(rng.uniform(0, longest_s))
+    assert run.all_alive(), f"the fit ended before kill {number + 1}\n{run.said(0)}\n{run.said(1)}"
+    moment = "save" if run.saves() else "step" if run.new_lines() else "start"
+    whom = rng.randrange(2)
+    os.killpg(run.pid(whom), signal.SIGKILL)
+    codes = run.wait()
+    assert codes[whom] == -signal.SIGKILL
+    assert codes[1 - whom] == 1, run.said(1 - whom)
+    assert f"because rank {whom} (" in run.said(1 - whom)
+    return moment
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", FILES)
+def test_twenty_kills_of_one_rank_change_nothing(folders, strategy):
+    whole, killed = folders
+    finish(whole, ranks=2, strategy=strategy, steps=STEPS)
+    rng = random.Random(strategy)
+    moments = Counter(killed_once(killed, strategy, number, rng) for number in range(20))
+    print(f"\n{strategy}: {dict(moments)}, last after step {max(diary(killed))}")
+    assert min(moments[moment] for moment in ("start", "step", "save")) > 0, moments
+    finish(killed, ranks=2, strategy=strategy, steps=STEPS)
+    assert len(diary(whole)) == 2 * STEPS
+    same(killed, whole, ranks=2)

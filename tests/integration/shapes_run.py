@@ -49,17 +49,19 @@ def settings(data: Path) -> list[str]:
     return [*words, "--model.optim.lr", "5e-3", "--model.optim.warmup_steps", "5", "--model.max_new_tokens", "5"]
 
 
-def write_shapes(folder: Path, class_of_lights: int = 2) -> None:
-    """Writes shards of 16 training and 8 validation images, with their vocabulary.
+def write_shapes(folder: Path, class_of_lights: int = 2, num_train: int = 16, num_val: int = 8) -> None:
+    """Writes shards of training and validation images, one of each split, with their vocabulary.
 
     Args:
         folder: shard folder.
         class_of_lights: class id that lights are given in the training split.
+        num_train: training images.
+        num_val: validation images.
     """
     folder.mkdir(parents=True)
     rows = "".join(f"{class_id}\tthing\t{name}\n" for class_id, name in CLASSES.items())
     (folder / "vocabulary.tsv").write_text(f"id\tkind\tnames\n{rows}", encoding="utf-8")
-    for split, num_images, lights in (("train", 16, class_of_lights), ("val", 8, 2)):
+    for split, num_images, lights in (("train", num_train, class_of_lights), ("val", num_val, 2)):
         with ShardWriter(folder, dataset="shapes", split=split, vocabulary="vocabulary.tsv") as writer:
             for number in range(num_images):
                 writer.write(shapes_record(f"{split}-{number:02}", number, lights))

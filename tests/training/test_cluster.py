@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +14,9 @@ import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from osm_lightning.rank_label import rank_label
-from osm_lightning.training.cluster import check_port, check_tasks, label_messages
+from osm_lightning.training.cluster import LAUNCHER, check_port, check_tasks, label_messages, told_once
 from osm_lightning.training.requeue import job_name
+from osm_lightning.training.watch import SAID
 
 STEP = {
     "SLURM_JOB_ID": "12",
@@ -79,6 +84,36 @@ def test_a_port_in_use_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_port(meeting())
     monkeypatch.delenv("LOCAL_RANK")
     check_port(meeting())
+
+
+# Ranks that others have started
+
+
+def waits(launcher: int) -> subprocess.Popen[str]:
+    """A further rank that waits for others, started by this process and told that it was by another one."""
+    code = "import time; from osm_lightning.training.cluster import end_with_launcher as end; end(); time.sleep(600)"
+    environment = {**os.environ, "LOCAL_RANK": "1", LAUNCHER: str(launcher)}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_whose_launcher_is_gone_does_not_wait() -> None:
+    orphan, child = waits(launcher=1), waits(launcher=os.getpid())
+    assert orphan.wait(300) == 1
+    assert "rank 1] stopped, because process 1, which has started it, is gone." in orphan.communicate()[1]
+    time.sleep(3)
+    assert child.poll() is None
+    child.kill()
+    child.communicate()
+
+
+def test_an_error_of_all_ranks_is_left_to_rank_0() -> None:
+    error = ValueError("no such thing")
+    with pytest.raises(ValueError, match="no such thing"), told_once():
+        raise error
+    error.add_note(SAID)
+    with pytest.raises(SystemExit) as ended, told_once():
+        raise error
+    assert ended.value.code == 2
 
 
 # Messages

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import Job, run
 
+from osm_lightning.training.engine_state import WholeFiles
 from osm_lightning.training.strategies import STRATEGIES
 from osm_lightning.training.zero import OSMDeepSpeed
 from osm_lightning.weights.checkpoint import read_checkpoint, read_training_state
@@ -99,7 +100,67 @@ def test_checkpoints_are_opened_by_every_other_strategy(
             wanted = torch.tensor(one["losses"][3:])
             torch.testing.assert_close(torch.tensor(other["losses"]), wanted, atol=LOSS_ATOL, rtol=0)
     else:
-        assert len(after[0]["losses"]) > 0
+        assert after[0]["step"] == 6
+        assert len(after[0]["losses"]) == 3
+
+
+# Another number of processes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of one process, in the middle of an epoch."""
+    folder = tmp_path_factory.mktemp("halfway")
+    run(Job(folder, steps=6, save="last.ckpt"))
+    return folder / "last.ckpt"
+
+
+def on_two_ranks(strategy: str, ckpt: Path, folder: Path) -> torch.Tensor:
+    """Losses [step, rank] of two ranks that go on with a checkpoint of one process."""
+    data = {"resume_approximately": True}
+    ranks = run(Job(folder, strategy, ranks=2, steps=6, ckpt=str(ckpt), data=data))
+    assert [rank["step"] for rank in ranks] == [6, 6]
+    return torch.tensor([rank["losses"] for rank in ranks]).T
+
+
+@pytest.fixture(scope="module")
+def ddp_on_two_ranks(halfway: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    return on_two_ranks("ddp", halfway, tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_ranks_go_on_with_a_checkpoint_of_one_process(
+    strategy: str, halfway: Path, ddp_on_two_ranks: torch.Tensor, tmp_path: Path
+) -> None:
+    """Of which there is no uninterrupted run; but all strategies have the same batches, weights and moments."""
+    assert ddp_on_two_ranks.shape == (3, 2)
+    assert ddp_on_two_ranks[:, 0].sub(ddp_on_two_ranks[:, 1]).abs().min() > 0, "both ranks have the same batches"
+    losses = on_two_ranks(strategy, halfway, tmp_path)
+    assert far_apart(f"one process, then two under {strategy}", losses, ddp_on_two_ranks) < LOSS_ATOL
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.cluster) for name in ("fsdp2", "deepspeed_zero2"))],
+)
+def test_two_ranks_refuse_a_checkpoint_of_one_process(strategy: str, halfway: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failed:
+        run(Job(tmp_path, strategy, ranks=2, steps=6, ckpt=str(halfway)))
+    (said,) = {line for line in str(failed.value).splitlines() if line.startswith("ValueError: ")}
+    assert "since then processes was 1, is 2" in said
+    assert "data.resume_approximately" in said
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_one_process_refuses_a_checkpoint_of_two_ranks(strategy: str, tmp_path: Path) -> None:
+    run(Job(tmp_path, strategy, ranks=2, steps=6, save="last.ckpt"))
+    with pytest.raises(AssertionError, match=r"since then processes was 2, is 1.*data\.resume_approximately"):
+        run(Job(tmp_path, steps=6, ckpt=str(tmp_path / "last.ckpt")))
+
+
+# Scores and settings --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.cluster
@@ -141,3 +202,12 @@ def test_whatever_a_stopped_save_leaves_one_whole_folder_is_found(tmp_path: Path
     folder(path)
     assert whole(path) == path
     assert read_marker(path).world_size == 1
+
+
+def test_a_file_is_saved_over_what_is_left_of_a_folder(tmp_path: Path) -> None:
+    """As when a run under FSDP2 was killed within a save, and goes on under DDP."""
+    path = tmp_path / "last.ckpt"
+    (partial_of(path) / "checkpoint").mkdir(parents=True)
+    WholeFiles().save_checkpoint({"step": 1}, path)
+    assert torch.load(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

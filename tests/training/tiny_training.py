@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 import yaml
 
+import osm_lightning.training.strategies  # noqa: F401  Makes our names of strategies known to Lightning
 from osm_lightning.data.module import OSMData, SourceConfig
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.training.task import OSMTask

@@ -266,8 +266,10 @@ class OSMData(lightning.LightningDataModule):
         return self._whole(Whole(self.predicted, PREDICTED, self.view, self.codec, keep_vanished=True))
 
     def _whole(self, dataset: Whole) -> DataLoader[MaskBatch]:
-        # Processes that share the weights need as many batches each; what pads has no masks and counts nowhere.
-        end = -(-len(dataset) // self.rank.count) * self.rank.count if self.in_step else len(dataset)
+        # Processes that share the weights need as many batches each, all others at least one, or Lightning would leave
+        # the loop out where the rest waits; what pads has no masks and counts nowhere.
+        pads = self.in_step or len(dataset) < self.rank.count
+        end = -(-len(dataset) // self.rank.count) * self.rank.count if pads else len(dataset)
         mine = range(self.rank.index, end, self.rank.count)
         return DataLoader(
             dataset,  # type: ignore[arg-type]

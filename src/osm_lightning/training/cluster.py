@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +18,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
 from osm_lightning.rank_label import rank_label
+from osm_lightning.training.watch import SAID, exit_code_of
+
+LAUNCHER = "OSM_LAUNCHER"
+"""Environment of the processes that Lightning's launcher starts: the id of the one that they are started by."""
+
+LEAVE_S = 5.0
+"""How much longer a further rank stays: the launcher kills rank 0, silently, if it finds that another one has left."""
 
 
 def check_tasks(trainer: Mapping[str, Any], environment: Mapping[str, str] = os.environ) -> None:
@@ -73,22 +83,61 @@ def check_port(trainer: Trainer) -> None:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """Says what it means that the ranks have not met.
+    """Says what it means that the ranks have not met: once on every node.
 
     Raises:
         ValueError: some did not come in time, or rank 0 cannot be reached.
+        SystemExit: the same, in a process that is not its node's first.
     """
+    end_with_launcher()
     try:
         yield
     except dist.DistError as error:
         if dist.is_initialized():
             raise
+        if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0):
+            time.sleep(LEAVE_S)
+            raise SystemExit(2) from error
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"the ranks have not all met at {place}: {str(error).splitlines()[0]} A node may be missing, or another "
             "one started with other addresses: see that trainer.num_nodes nodes run the command, with the same "
             "MASTER_ADDR and MASTER_PORT, each with its own NODE_RANK."
         ) from error
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Leaves it to rank 0 to tell an error that all ranks have.
+
+    Raises:
+        SystemExit: this is another rank.
+    """
+    try:
+        yield
+    except Exception as error:
+        if SAID in getattr(error, "__notes__", ()):
+            raise SystemExit(exit_code_of(error)) from error
+        raise
+
+
+def end_with_launcher() -> None:
+    """Has a rank that another one has started end with it, for as long as the ranks have not met.
+
+    Later they watch each other (`watch.py`); until then it would wait for a rank 0 that is gone, half an hour long.
+    """
+    if not int(os.environ.get("LOCAL_RANK") or 0):
+        os.environ[LAUNCHER] = str(os.getpid())  # which it hands on to those that it starts
+    elif launcher := os.environ.get(LAUNCHER):
+        threading.Thread(target=_watch_launcher, args=(int(launcher),), name="launcher-watch", daemon=True).start()
+
+
+def _watch_launcher(pid: int) -> None:
+    while not dist.is_initialized():
+        if os.getppid() != pid:
+            print(f"{rank_label()}stopped, because process {pid}, which has started it, is gone.", file=sys.stderr)
+            os._exit(1)
+        time.sleep(1)
 
 
 PLAIN_WARNING = warnings.formatwarning

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -63,6 +63,8 @@ class WholeFiles(TorchCheckpointIO):
         """
         path = Path(path)
         with writing(path) as partial:
+            if partial.is_dir():  # what another strategy was killed over
+                remove(partial)
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -74,6 +76,19 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a file or a folder."""
         return read_training_state(Path(path), self.trusted)
+
+
+class WritesBeside(AsyncCheckpointIO):
+    """Writes checkpoints in a thread, while training goes on; `teardown` waits for it, and raises its error."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for the one before, since copies that wait for a slow disk would fill the memory.
+
+        Raises:
+            ValueError: the one before could not be written.
+        """
+        self.teardown()
+        super().save_checkpoint(*args, **kwargs)
 
 
 class SavesTogether(ParallelStrategy):

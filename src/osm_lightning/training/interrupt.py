@@ -105,6 +105,7 @@ class Interrupt(Callback):
         """Stops rank 0, with which the others end; what there is to save has been saved."""
         if trainer.state.fn is TrainerFn.FITTING and self._received and trainer.is_global_zero:
             stop = STOPS[self._received - 1]
+            wait_for_writing(trainer)
             self._report(stop, trainer)
             raise Interrupted(stop)
 
@@ -139,6 +140,7 @@ class Interrupt(Callback):
         if not place:
             return
         trainer.save_checkpoint(self.last)
+        wait_for_writing(trainer)
         if trainer.is_global_zero:
             self._report(STOPS[place - 1], trainer)
         # Whoever left before could have the launcher end rank 0 before it has requeued the job.
@@ -148,3 +150,12 @@ class Interrupt(Callback):
     def _report(self, stop: signal.Signals, trainer: Trainer) -> None:
         again = requeue_job() if stop in REQUEUES else f"go on with --ckpt {self.last}"
         print(f"{rank_label()}{stop.name}: saved {self.last} at step {trainer.global_step}; {again}", flush=True)
+
+
+def wait_for_writing(trainer: Trainer) -> None:
+    """Waits until a checkpoint that is written beside training is whole, before anybody is told that it is.
+
+    Raises:
+        ValueError: it could not be written.
+    """
+    trainer.strategy.checkpoint_io.teardown()

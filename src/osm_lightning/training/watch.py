@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from osm_lightning.rank_label import rank_label
 from osm_lightning.training.interrupt import Interrupted
@@ -36,6 +38,9 @@ ECHO_S = 2.0
 
 CONNECT_S = 60.0
 """How long ranks may take to connect once they have met, and the others wait for rank 0 to leave first."""
+
+SAID = "Rank 0 has the same error."
+"""Note of an exception that a further rank need not tell."""
 
 PASSWORD_BYTES = 16
 
@@ -79,6 +84,8 @@ class Watch(threading.Thread):
     def __init__(self, name: str, peers: list[Peer], is_hub: bool) -> None:
         super().__init__(name="rank-watch", daemon=True)
         self.own_name, self.peers, self.is_hub = name, peers, is_hub
+        self.heard = ""
+        """Why another rank has ended, once it has said so."""
         self._closed = False
         self._lock = threading.Lock()
 
@@ -115,6 +122,7 @@ class Watch(threading.Thread):
             peer.name = message.get("beat", peer.name)
             peer.done |= "done" in message
             if "end" in message:
+                self.heard = message["end"]
                 time.sleep(ECHO_S)
                 self._end(message["end"], message["exit_code"])
 
@@ -170,18 +178,22 @@ class WatchRanks(Callback):
         self.watch.start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Tells the others why this rank ends, for they would wait for it."""
+        """Tells the others why this rank ends, for they would wait for it. A further rank lets rank 0 leave first."""
         if self.watch is None:
-            return
-        if isinstance(exception, Interrupted) and not trainer.is_global_zero:
-            # All stop together; but Lightning's launcher kills rank 0 if it finds that another one has left before.
-            self.watch.close()
-            self.watch.join(CONNECT_S)
+            end_started(trainer)
             return
         if isinstance(exception, RuntimeError) or isinstance(exception.__cause__, RuntimeError):
             time.sleep(2 * ECHO_S)  # an engine's error is mostly the echo of another rank's end
-        what = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        self.watch.close(f"{self.watch.own_name} ended with {what}", exit_code_of(exception))
+        ended = f" ended with {type(exception).__name__}: {exception}".splitlines()[0]
+        if isinstance(exception, Interrupted) and not trainer.is_global_zero:
+            self.watch.close()  # all stop together
+        else:
+            self.watch.close(self.watch.own_name + ended, exit_code_of(exception))
+        if not trainer.is_global_zero:
+            # Lightning's launcher kills rank 0 if it finds that another one has left before.
+            self.watch.join(CONNECT_S)
+            if self.watch.heard == self.watch.peers[0].name + ended:
+                exception.add_note(SAID)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Says good-bye."""
@@ -206,6 +218,14 @@ def welcome(listening: socket.socket, number: int, password: bytes) -> list[Peer
             else:
                 connection.close()
     return peers
+
+
+def end_started(trainer: Trainer) -> None:
+    """Ends the ranks that this process has started and not met: torch would say at length that they lost it."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)
+        launcher.procs.clear()  # Lightning's observer of them would kill this process too
 
 
 def exit_code_of(exception: BaseException) -> int:
