@@ -75,7 +75,7 @@ def test_it_stops_between_optimizer_steps(tmp_path, wholes, strategy):
     same(tmp_path, wholes(**settings), ranks=2)
 
 
-@pytest.mark.parametrize("after_lines", [cluster(11), 12, cluster(13)])
+@pytest.mark.parametrize("after_lines", [cluster(11), cluster(12), cluster(13)])
 def test_no_validation_is_lost_at_the_end_of_an_epoch(tmp_path, wholes, after_lines):
     settings = {"limit_val_batches": 4}
     assert asked_to_stop(tmp_path, signal.SIGUSR1, after_lines, **settings) == [138]

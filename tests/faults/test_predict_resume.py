@@ -154,6 +154,7 @@ def test_names_of_other_settings_are_not_gone_on_with(photos: Path, whole: dict[
     assert files(out) == before
 
 
+@pytest.mark.cluster
 def test_interrupted_prediction_goes_on(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run = Prediction(photos, out, slow_s=0.1)

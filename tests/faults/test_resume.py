@@ -39,7 +39,7 @@ def folders(tmp_path):
     return made
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.cluster), 2])
 def test_a_killed_fit_goes_on_with_the_batches_of_a_whole_one(folders, num_workers):
     whole, killed = folders
     finish(whole, num_workers)
@@ -49,6 +49,7 @@ def test_a_killed_fit_goes_on_with_the_batches_of_a_whole_one(folders, num_worke
     assert diary(killed) == expected
 
 
+@pytest.mark.cluster
 def test_two_ranks_that_are_killed_go_on_alike(folders):
     whole, killed = folders
     finish(whole, 2, ranks=2)
