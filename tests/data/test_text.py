@@ -157,6 +157,13 @@ def test_bos_comes_first_where_the_tokenizer_puts_it(tmp_path, template, special
         assert text.prompt_tokens == len(bos) + len(words)
 
 
+@pytest.mark.parametrize("template", [None, "<s> $A"])
+def test_the_prompts_of_an_instructblip_begin_with_its_own_bos_whatever_its_tokenizer_puts_first(tmp_path, template):
+    folder = save_word_tokenizer(tmp_path, template, bos_token="</s>", eos_token="</s>")
+    (tmp_path / "config.json").write_text('{"model_type": "instructblip"}')
+    assert TextCodec(folder).encode(TEST_QUESTION, None).text_ids[0] == 2
+
+
 def test_the_qformer_reads_the_prompt_with_its_own_tokenizer(tmp_path):
     folder = save_word_tokenizer(tmp_path, template="[CLS] $A [SEP]")
     codec = TextCodec("builtin:300", folder)

@@ -163,6 +163,18 @@ def test_checkpoint_alone_gives_the_scores_of_its_run(run: Path, tmp_path: Path)
     assert column(tmp_path, "val/loss/shapes") == pytest.approx(column(run, "val/loss/shapes"), rel=1e-6)
 
 
+def test_fit_from_an_exported_folder_is_a_new_run_from_its_weights(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here("fit", "--ckpt", exported, "--run", tmp_path / "on", "--trainer.max_steps", "6")
+    assert f"{exported} is an exported folder, without optimizer state: a new run begins" in capsys.readouterr().out
+    content = torch.load(tmp_path / "on" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["global_step"] == 6, "it counts from 0"
+    assert yaml.safe_load(content["osm"]["config"])["model"]["weights"] == str(exported)
+    before, after = column(run, "train/loss"), column(tmp_path / "on", "train/loss")
+    assert abs(after[0] - before[-1]) < 0.5 * abs(before[0] - before[-1])
+
+
 def test_exported_folder_gives_the_scores_of_its_run(run: Path, exported: Path, tmp_path: Path) -> None:
     here("validate", "--ckpt", exported, "--run", tmp_path)
     assert scores(tmp_path)["scores"] == scores(run)["scores"]

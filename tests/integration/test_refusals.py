@@ -262,14 +262,6 @@ def test_resuming_with_other_modes(refused: Refuse, ckpt: Path, tmp_path: Path) 
     assert "the checkpoint's modes are agnostic, shapes" in said
 
 
-def test_resuming_an_exported_folder(refused: Refuse, ckpt: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["weights", "export", "--ckpt", str(ckpt), "--out", str(tmp_path / "shared")])
-    said = refused("fit", "--ckpt", tmp_path / "shared", "--run", tmp_path / "run")
-    assert "has no optimizer state to go on from" in said
-    assert f"--model.weights {tmp_path}/shared" in said
-
-
 def test_missing_checkpoint_is_answered_with_those_there_are(
     refused: Refuse, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,13 +39,13 @@ MASKS = {
     },
     "square": {
         "1": (0, 0, 64, 64),
-        "2": (17, 9, 2, 40),  # thinner than a patch, as high as three
+        "2": (15, 9, 3, 40),  # thinner than a patch, as high as three
         "3": (33, 34, 4, 5),  # between the first pixels of all patches
         "4": (63, 0, 1, 64),
     },
     "landscape": {
         "1": (100, 30, 70, 50),
-        "2": (0, 110, 200, 10),
+        "2": (0, 99, 200, 21),  # along the lower border
         "3": (150, 5, 9, 9),
         "4": (199, 119, 1, 1),
     },

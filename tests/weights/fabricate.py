@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -125,7 +126,9 @@ def spread(module: nn.Module, seed: int) -> None:
             parameter.copy_(0.25 * noise)
 
 
-def instructblip(folder: Path, file_format: Format = "safetensors", seed: int = 0, **text: Any) -> Path:
+def instructblip(
+    folder: Path, file_format: Format = "safetensors", seed: int = 0, shard: str = "200KB", **text: Any
+) -> Path:
     """Writes a tiny random InstructBLIP in several shards, with both tokenizers."""
     llm_tokenizer, qformer_tokenizer = llama_tokenizer(), bert_tokenizer()
     model = InstructBlipForConditionalGeneration(config(len(llm_tokenizer), len(qformer_tokenizer), **text))
@@ -133,7 +136,7 @@ def instructblip(folder: Path, file_format: Format = "safetensors", seed: int = 
     with torch.no_grad():  # some names end before the limit
         model.language_model.lm_head.weight[llm_tokenizer.eos_token_id] *= 2.5
     folder.mkdir(parents=True)
-    model.save_pretrained(folder, max_shard_size="200KB")
+    model.save_pretrained(folder, max_shard_size=shard)
     if file_format == "bin":
         as_bin(folder)
     llm_tokenizer.save_pretrained(folder)
@@ -190,3 +193,40 @@ def save_released(state: dict[str, Tensor], path: Path) -> Path:
     extras = {"epoch": 3, "optimizer_state_dict": optimizer.state_dict(), "lr_scheduler_state_dict": {"last_epoch": 7}}
     torch.save({"model_state_dict": wrapped, **extras}, path)
     return path
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """Changes a folder's weights, and puts them into one file."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    changed = {name: tensor.contiguous().clone() for name, tensor in change(tensors).items()}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def only_sentencepiece(folder: Path) -> Path:
+    """Turns a folder's tokenizer into sentencepiece's `tokenizer.model` with the small files that older writers add."""
+    from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_pb2
+
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(content["model"]["vocab"].items(), key=lambda item: item[1])
+    proto = sentencepiece_pb2.ModelProto()
+    for piece, index in vocabulary:
+        kind = {"<unk>": 2, "<s>": 3, "</s>": 3}.get(piece, 6 if piece.startswith("<0x") else 1)
+        proto.pieces.add(piece=piece, score=0.0 if index < 259 else -float(index - 259), type=kind)
+    proto.trainer_spec.model_type = 2
+    proto.trainer_spec.unk_id, proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 0, 1, 2
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix, proto.normalizer_spec.remove_extra_whitespaces = True, False
+    (folder / "tokenizer.model").write_bytes(proto.SerializeToString())
+    (folder / "tokenizer.json").unlink()
+    tokens = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "[PAD]"}
+    older = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(older))
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": len(vocabulary)}))
+    return folder

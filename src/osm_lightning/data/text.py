@@ -17,6 +17,9 @@ from osm_lightning.vocabulary import load_vocabulary
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
+"""Files of which every tokenizer has one."""
+
 BUILTIN = "builtin:"
 """Prefix of the tokenizer that needs no file: byte-level BPE over the shipped names and questions."""
 
@@ -124,8 +127,8 @@ def load_tokenizer(name: str) -> Any:
         return builtin_tokenizer(int(size))
     if name.startswith((".", "/", "weights/")) and not Path(name).exists():
         raise ValueError(f"tokenizer {name!r}: there is no such folder.")
-    if Path(name, SENTENCEPIECE_FILE).is_file() and not Path(name, "tokenizer.json").is_file():
-        _check_sentencepiece(name)
+    if Path(name).is_dir():
+        _check_vocabulary(Path(name))
     repository, subfolder = name, ""
     if not Path(name).exists() and name.count("/") > 1:  # a folder within a hub's repository
         owner, repository, subfolder = name.split("/", 2)
@@ -136,15 +139,21 @@ def load_tokenizer(name: str) -> Any:
         raise ValueError(f"tokenizer {name!r} is neither a folder of a tokenizer nor a hub id ({error}).") from error
 
 
-def _check_sentencepiece(name: str) -> None:
-    """Refuses a folder that holds only sentencepiece's file where that library is not installed.
+def _check_vocabulary(folder: Path) -> None:
+    """Refuses a folder whose vocabulary is missing or cannot be read here, of which transformers makes an empty one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is such a folder.
     """
-    if find_spec("sentencepiece") is None:
+    if not any(file for pattern in VOCABULARY_FILES for file in folder.glob(pattern)):
         raise ValueError(
-            f"tokenizer {name!r} holds only {SENTENCEPIECE_FILE}, which the package sentencepiece reads: "
+            f"tokenizer '{folder}' has no vocabulary: there is none of {', '.join(VOCABULARY_FILES)} in it. It is no "
+            "tokenizer's folder, or an incomplete one: download it again."
+        )
+    alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"tokenizer '{folder}' holds only {SENTENCEPIECE_FILE}, which the package sentencepiece reads: "
             "`pip install sentencepiece`, or add the tokenizer.json of the same tokenizer."
         )
 

@@ -107,7 +107,7 @@ class InstructBlip:
 
 def is_instructblip(name: str) -> bool:
     """Whether a folder or hub id is an InstructBLIP; False for whatever cannot be told."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     local = Path(name)
     try:

@@ -82,8 +82,7 @@ def _windows_a_side(released: Released, window_px: int, patch_px: int) -> int:
     if side < 1 or side**2 * of_window != num_tokens:
         raise ValueError(
             f"window_pos_embed has {num_tokens} positions, which is no square of windows of {of_window} tokens each "
-            f"(one CLS, and {window_px} px in patches of {patch_px} px). The checkpoint is of another InstructBLIP than "
-            "this one."
+            f"(one CLS, and {window_px} px in patches of {patch_px} px). The checkpoint is of another InstructBLIP."
         )
     return side
 

@@ -186,14 +186,14 @@ def _card(
 ) -> str:
     if released is None:
         origin = (
-            f"InstructBLIP `{instructblip}` as training starts from it: mask and context queries are its query tokens,\n"
-            f"mode tables and global position are random (seed {seed}). Nothing was trained yet."
+            f"InstructBLIP `{instructblip}` as training starts from it: mask and context queries are\n"
+            f"its query tokens, mode tables and global position are random (seed {seed}). Nothing was trained yet."
         )
     else:
         origin = (
-            f"The released checkpoint `{released}` over InstructBLIP `{instructblip}`, with the rules that its outputs\n"
-            "depend on: nearest-neighbour masks on the grid of patches, CLS columns always visible, the question\n"
-            f'"{TEST_QUESTION}", at most {MAX_NEW_TOKENS} new tokens. Training on from here may change them.'
+            f"The released checkpoint `{released}` over InstructBLIP `{instructblip}`, with the rules that\n"
+            "its outputs depend on: nearest-neighbour masks on the grid of patches, CLS columns always visible, the\n"
+            f'question "{TEST_QUESTION}", at most {MAX_NEW_TOKENS} new tokens. Training on from here may change them.'
         )
     allowed = f"\nAllowed surprises: {', '.join(f'`{pattern}`' for pattern in allow)}.\n" if allow else ""
     trained_on = "nothing yet" if released is None else "what the authors trained on"
