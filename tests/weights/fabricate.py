@@ -22,6 +22,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     LlamaTokenizer,
 )
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
 from osm_lightning.vocabulary import load_vocabulary
@@ -209,8 +210,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 
 def only_sentencepiece(folder: Path) -> Path:
     """Turns a folder's tokenizer into sentencepiece's `tokenizer.model` with the small files that older writers add."""
-    from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_pb2
-
+    sentencepiece_pb2 = import_protobuf()  # sentencepiece's own where that is installed: two would clash
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = sorted(content["model"]["vocab"].items(), key=lambda item: item[1])
     proto = sentencepiece_pb2.ModelProto()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -36,32 +36,52 @@ def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, sh
     Returns:
         The module's fingerprint, of the weights as they were loaded.
     """
+    saved = module.state_dict(keep_vars=True)
+    computed = {id(buffer) for name, buffer in module.named_buffers() if name not in saved}
+    parts = [(block, _ids(block)) for block in blocks]
+    of_blocks = set().union(*(ids for _, ids in parts))
     names: dict[int, list[str]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
     samples: dict[str, bytes] = {}
-    for part in (*blocks, module):
-        for tensor in part.state_dict(keep_vars=True).values():
-            for name in names.pop(id(tensor), ()):
-                samples[name] = _sample(name, tensor)
-        _convert(part, dtype)
-        if shard is not None and part is not module:
-            shard(part)
+    for name, tensor in saved.items():
+        if id(tensor) in of_blocks:
+            names.setdefault(id(tensor), []).append(name)
+        else:
+            samples[name] = _sample(name, tensor)
+    del saved, tensor  # what is sharded must be held by nobody
+    for block, _ in parts:
+        samples |= _samples_of(block, names)
+        _convert(block, dtype, computed)
+        if shard is not None:
+            shard(block)
+    _convert(module, dtype, computed)
     return _digest(samples)
 
 
-def _convert(module: nn.Module, dtype: torch.dtype) -> None:
+def _ids(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+
+
+def _samples_of(block: nn.Module, names: Mapping[int, Sequence[str]]) -> dict[str, bytes]:
+    """Samples by the whole module's names, of which tied weights have several."""
+    tensors = block.state_dict(keep_vars=True).values()
+    return {name: _sample(name, tensor) for tensor in tensors for name in names[id(tensor)]}
+
+
+def _convert(module: nn.Module, dtype: torch.dtype, computed: Container[int]) -> None:
+    """Converts what was loaded, and gives its pages back.
+
+    What is computed stays exact: a rotary embedding's frequencies, once rounded to bfloat16, turn by another angle at
+    every position.
+    """
     before = [parameter.data for parameter in module.parameters()]
-    saved = module.state_dict()
-    # What is computed and not loaded stays exact: a rotary embedding's frequencies, once rounded to bfloat16, turn by
-    # another angle at every position.
-    computed = [(name, buffer) for name, buffer in module.named_buffers() if name not in saved]
+    exact = [(name, buffer) for name, buffer in module.named_buffers() if id(buffer) in computed]
     module.to(dtype)
-    for name, buffer in computed:
+    for name, buffer in exact:
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, buffer)
-    if any(old.dtype != new.dtype for old, new in zip(before, module.parameters(), strict=True)):
-        give_back(old for old in before if old.dtype != dtype)
+    converted = [old for old in before if old.dtype != dtype]
+    if converted:
+        give_back(converted)
 
 
 class OwnsFrozen(nn.Module):
