@@ -48,7 +48,7 @@ def with_checkpoint(argv: list[str]) -> list[str]:
         checkpoint = config_of(Path(path), trusted)
         config = checkpoint.config if command == "fit" else checkpoint.config_elsewhere()
         if command == "fit" and Path(path).is_dir() and not is_sharded(Path(path)):
-            print(f"{path} is an exported folder, without optimizer state: a new run begins with its weights, config.")
+            print(f"{path} has no optimizer state: a new run begins, with its weights and config.")
             rest[place : place + length] = []
             return [command, "--config", config, *rest, "--model.weights", path]
         rest[place : place + length] = ["--ckpt", path]
