@@ -23,6 +23,3 @@ def register_strategies() -> None:
     """Makes the names known to Lightning; again is no harm."""
     for name, (strategy, settings, description) in STRATEGIES.items():
         StrategyRegistry.register(name, strategy, description=description, override=True, **settings)
-
-
-register_strategies()

@@ -27,8 +27,11 @@ from osm_lightning.naming.greedy import MAX_NEW_TOKENS, name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import OptimConfig, adamw, warmup_cosine
 from osm_lightning.training.sharding import Sharding
+from osm_lightning.training.strategies import register_strategies
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
 from osm_lightning.weights.trained import check_tensors, load_trained
+
+register_strategies()
 
 
 class OSMTask(lightning.LightningModule):

@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -96,8 +97,9 @@ def read_sharded(folder: Path, trusted: bool = False) -> dict[str, Any]:
         )
     try:
         content, states = _deepspeed(folder) if (folder / DEEPSPEED_TAG).is_dir() else _distributed(folder)
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(f"checkpoint {folder} cannot be read: {str(error).splitlines()[0]} It is broken.") from error
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"checkpoint {folder} cannot be read: {reason} It is broken.") from error
     if marker is None:
         return content
     shapes = {name: list(tensor.shape) for name, tensor in content["state_dict"].items()}
@@ -141,7 +143,8 @@ def _deepspeed(folder: Path) -> Read:
     from deepspeed.utils import zero_to_fp32 as zero
 
     inner = str(folder / DEEPSPEED_TAG)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every step
+    said = io.StringIO()  # it prints every step, and draws bars
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         model_files, optim_files = zero.get_model_state_files(inner), zero.get_optim_files(inner)
         shapes = zero.parse_model_states(model_files)
         stage, world_size, flat_weights, paddings = zero.parse_optim_states(optim_files, inner)
@@ -157,7 +160,8 @@ def _deepspeed(folder: Path) -> Read:
                 zero._zero2_merge_trainable_params(found, world_size, flat, shapes, paddings)
             else:
                 zero._zero3_merge_trainable_params(found, world_size, flat, shapes)
-            return {name: tensor.contiguous() for name, tensor in found.items()}
+            # DeepSpeed saves its flat copies as parameters, so that what is cut out of them would have a gradient.
+            return {name: tensor.contiguous().detach() for name, tensor in found.items()}
 
         weights = merged(flat_weights)
         moments = {key: merged(_flat(inner_states, key)) for key in ("exp_avg", "exp_avg_sq")}
