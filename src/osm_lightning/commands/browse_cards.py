@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # commands are imported for their --help, which need not wait
 
     from osm_lightning.batch import MaskBatch, MaskSample
     from osm_lightning.data.mixture import Mixture, Source
-    from osm_lightning.data.module import OSMData, Whole
+    from osm_lightning.data.module import OSMData
     from osm_lightning.data.stream import ShardSet
+    from osm_lightning.data.whole import Whole
 
 
 def train_cards(data: OSMData, epoch: int, num: int) -> Iterator[Card]:

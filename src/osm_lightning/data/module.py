@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 import lightning
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from osm_lightning.batch import PADDING, MaskBatch, MaskSample, mode_index, mode_names
+from osm_lightning.batch import MaskBatch, mode_index, mode_names
 from osm_lightning.data.collate import collate
 from osm_lightning.data.geometry import Context, MaskRule
 from osm_lightning.data.loader import EpochLoader
 from osm_lightning.data.mixture import Mixture, Source
-from osm_lightning.data.sample import PREDICTED, Labels, View, whole_sample
+from osm_lightning.data.sample import PREDICTED, Labels, View
 from osm_lightning.data.stream import ShardSet, Share
 from osm_lightning.data.text import TextCodec
+from osm_lightning.data.whole import Whole
 from osm_lightning.data.worker import start_worker
 from osm_lightning.datasets import DATASETS, ignored_ids
 from osm_lightning.record import Record
@@ -48,38 +48,6 @@ class SourceConfig:
     repeat_threshold: float | None = None
     """Read images with rare classes more often: a class that a share f < t of images have gives its images a factor of
     sqrt(t / f). 0.001 is usual for LVIS; None reads all images alike."""
-
-
-class Whole(Dataset[MaskSample]):
-    """Records by position, each with all its masks."""
-
-    def __init__(self, records: Any, labels: Labels, view: View, codec: TextCodec, keep_vanished: bool = False) -> None:
-        self.records, self.labels, self.view, self.codec = records, labels, view, codec
-        self.keep_vanished = keep_vanished
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, position: int) -> MaskSample:
-        if position >= len(self):
-            return self._padding()
-        return whole_sample(self.records[position], self.labels, self.view, self.codec, self.keep_vanished)
-
-    def _padding(self) -> MaskSample:
-        """An empty image without masks, beyond the last one."""
-        side, grid = self.view.image_size_px, self.view.image_size_px // self.view.patch_size_px
-        return MaskSample(
-            key=PADDING,
-            dataset=self.labels.dataset,
-            image_3SS=torch.zeros(3, side, side, dtype=torch.uint8),
-            coverage_KGG=torch.zeros(0, grid, grid, dtype=torch.float16),
-            context_box_px_K4=torch.zeros(0, 4, dtype=torch.int32),
-            mask_ids=(),
-            class_ids=(),
-            text_ids=(),
-            prompt_tokens=(),
-            instruction_ids=(),
-        )
 
 
 class OSMData(lightning.LightningDataModule):

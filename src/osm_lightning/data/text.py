@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
 from osm_lightning.vocabulary import load_vocabulary
-
-SENTENCEPIECE_FILE = "tokenizer.model"
 
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab*", "*.tiktoken", "tekken.json")
 """Files of which every tokenizer has one."""
@@ -158,7 +155,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _check_vocabulary(folder: Path) -> None:
-    """Refuses a folder whose vocabulary is missing or cannot be read here, of which transformers makes an empty one.
+    """Refuses a folder whose vocabulary is missing, of which transformers makes an empty one.
 
     Raises:
         ValueError: it is such a folder.
@@ -167,12 +164,6 @@ def _check_vocabulary(folder: Path) -> None:
         raise ValueError(
             f"tokenizer '{folder}' has no vocabulary: there is none of {', '.join(VOCABULARY_FILES)} in it. It is no "
             "tokenizer's folder, or an incomplete one: download it again."
-        )
-    alone = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
-    if alone and find_spec("sentencepiece") is None:
-        raise ValueError(
-            f"tokenizer '{folder}' holds only {SENTENCEPIECE_FILE}, which the package sentencepiece reads: "
-            "`pip install sentencepiece`, or add the tokenizer.json of the same tokenizer."
         )
 
 
