@@ -24,6 +24,16 @@ def shared_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of drawn shapes, for fits of seconds; nobody writes into them."""
+    from shapes_run import write_shapes
+
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(folder)
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says at the end what was not run, and why."""
     skipped = terminalreporter.stats.get("skipped", [])

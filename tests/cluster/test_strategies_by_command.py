@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shapes_run import run_osm, settings, shapes_record, write_shapes
+from shapes_run import run_osm, settings, shapes_record
 
 from osm_lightning.weights.sharded import MARKER
 
@@ -51,13 +51,6 @@ def val_loss(run: Path) -> float:
 
 def names(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

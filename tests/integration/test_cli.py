@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from shapes_run import QUOTA, STEPS, run_osm, settings, write_shapes
+from shapes_run import QUOTA, STEPS, run_osm, settings
 
 from osm_lightning.__main__ import OFFLINE_COMMANDS, TRAINER_COMMANDS, main
 from osm_lightning.training.callbacks import KeepConfig
@@ -33,13 +33,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

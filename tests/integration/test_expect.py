@@ -6,18 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from shapes_run import run_osm, settings, write_shapes
+from shapes_run import run_osm, settings
 
 from osm_lightning.__main__ import main
 
 NUM_MASKS = 24
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,6 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_shapes(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def ckpt(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one step."""
     run = tmp_path_factory.mktemp("runs") / "one-step"
