@@ -11,6 +11,7 @@ and what belongs to the process alone (smaps_rollup), before the model is built 
 """
 
 import argparse
+import ctypes
 import json
 import os
 import socket
@@ -183,7 +184,8 @@ class Measure(lightning.Callback):
 
 
 def own_mb() -> float:
-    """Memory that belongs to this process alone: no library's or weight file's pages that others map too."""
+    """Memory in use that belongs to this process alone: no library's or weight file's pages that others map too."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed and is kept for later is in nobody's use
     return kilobytes("smaps_rollup", "Private_Clean", "Private_Dirty") / 1000
 
 

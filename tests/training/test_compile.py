@@ -43,6 +43,7 @@ def fit(folder: Path, compiled: bool, recompute: bool = False) -> tuple[Steps, O
     torch._dynamo.reset()
     counters.clear()
     task = tiny_task(optim=OptimConfig(lr=2e-3, warmup_steps=4), compile_blocks=compiled)
+    task.config_text = "model: {modes: [scenes]}\n"
     task.qformer.dropout, task.language.recompute_activations = 0.0, recompute
     steps = Steps()
     loop = trainer(folder, callbacks=[steps], limit_val_batches=1.0)
