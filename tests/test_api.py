@@ -285,6 +285,7 @@ def test_loading_draws_none_of_anybodys_random_numbers(exported: Path) -> None:
         ({"model.language.dtype": "float8"}, r"settings cannot be used: [\s\S]*model\.language\.dtype[\s\S]*float8"),
         ({"model.vision.image_size_px": 100}, "must be a multiple of 56"),
         ({"model.language.tokenizer": "builtin:600"}, "the tokenizer has 600 ids"),
+        ({"model.vision.architecture": None, "model.vision.name": "/no/vit"}, r"model\.vision\.name: /no/vit"),
         ({"model.qformer.width": 16}, "the checkpoint is of another model"),
         ({"model.modes": ["coco"], "model.qformer.num_queries": 3}, "the checkpoint is of another model"),
     ],

@@ -29,7 +29,7 @@ def missing_parts(options: Namespace, with_shards: bool) -> Iterator[str]:
     wanted = []
     if vision.architecture is None:
         setting = "pretrained" if vision.tower == "open_clip" else "name"
-        wanted.append((f"model.vision.{setting}", vision[setting]))
+        wanted.append((f"model.vision.{setting}", getattr(vision, setting)))
     if language.architecture is None:
         wanted.append(("model.language.name", language.name))
     wanted.append(("model.language.tokenizer", language.tokenizer))
