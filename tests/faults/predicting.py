@@ -95,7 +95,10 @@ class Prediction:
     def kill(self) -> None:
         """SIGKILL to every process and its workers, with no time for anything."""
         for process in self.processes:
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            try:
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            except ProcessLookupError:  # it has ended, or has no group of its own yet, and no workers either
+                process.kill()
         self.wait()
 
     def wait_for_images(self, num_images: int) -> bool:
