@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from osm_lightning.model.frozen import fingerprint, place
@@ -154,3 +155,16 @@ def test_placing_converts_what_was_loaded_and_leaves_what_was_computed() -> None
     assert model.blocks[0].frequency.dtype == torch.float32
     assert float(model.blocks[1].frequency) == pytest.approx(1 / 3, abs=1e-7)
     assert fingerprint(model) == identity
+
+
+def test_a_computed_bias_goes_along_with_the_weights_that_it_is_added_to() -> None:
+    """timm's EVA, of which EVA01-g-14 is one: its keys have a bias of zeros that is no weight."""
+    torch.manual_seed(0)
+    model = Eva(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
+    pixels = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        exact = model(pixels)
+        place(model, model.blocks, torch.bfloat16, None)
+        rough = model(pixels.bfloat16())
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, atol=0.1, rtol=0)
