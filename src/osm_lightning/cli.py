@@ -31,10 +31,9 @@ from osm_lightning.model.language import quiet_loading
 from osm_lightning.model_settings import LINKS, language_tokenizer
 from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores, checkpoints, set_aside
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting, told_once
-from osm_lightning.training.engine_state import WholeFiles, WritesBeside
+from osm_lightning.training.engine_state import SavesTogether, WholeFiles, WritesBeside
 from osm_lightning.training.guards import GradientGuard
 from osm_lightning.training.interrupt import Interrupt
-from osm_lightning.training.strategies import STRATEGIES
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
 from osm_lightning.training.write_predictions import WritePredictions, naming_plan
@@ -195,15 +194,16 @@ class OSMCLI(LightningCLI):
             callbacks = [*callbacks, *checkpoints(folder)]
         files: CheckpointIO = WholeFiles(self.options.trust_checkpoint)
         if self.subcommand == "fit" and self.options.async_save:
-            if config.get("strategy") in STRATEGIES:
-                raise ValueError(
-                    f"--async_save is for one file that one process writes, but trainer.strategy {config['strategy']} "
-                    "writes a folder with all of them. Leave it out, or use trainer.strategy ddp."
-                )
             files = WritesBeside(files)
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), files]
         trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
+        if isinstance(files, WritesBeside) and isinstance(trainer.strategy, SavesTogether):
+            raise ValueError(
+                f"--async_save is for one file that one process writes, but trainer.strategy "
+                f"{type(trainer.strategy).__name__} writes a folder with all of them. Leave it out, or use "
+                "trainer.strategy ddp."
+            )
         check_port(trainer)
         return trainer
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fitting import diary
 from processes import Fit, finish, same
-from shapes_run import OSM, QUOTA, ROOT, settings, write_shapes
+from shapes_run import OSM, QUOTA, ROOT, run_osm, settings, write_shapes
 
 from osm_lightning.weights.sharded import partial_of
 
@@ -41,14 +41,6 @@ def content(folder):
         for key in [key for key, value in state.items() if str(folder) in str(value)]:
             del state[key]
     return held
-
-
-@pytest.fixture
-def folders(tmp_path):
-    made = tmp_path / "whole", tmp_path / "beside"
-    for folder in made:
-        folder.mkdir()
-    return made
 
 
 @pytest.mark.parametrize("ranks", [1, cluster(2)])
@@ -96,6 +88,16 @@ def test_a_write_that_fails_ends_the_run_at_the_next_save(tmp_path, ranks):
     assert f"ValueError: checkpoint {tmp_path}/last.ckpt could not be written: " in run.said()
     assert 2 <= len(diary(tmp_path)) <= 4
     assert list(tmp_path.glob("*last.ckpt*")) == []
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "osm_lightning.training.fsdp2.FSDP2"])
+def test_engines_that_write_folders_refuse_it(tmp_path, shapes, strategy):
+    words = [*settings(shapes), "--run", tmp_path / "run", "--async_save", "true"]
+    done = run_osm("fit", *words, "--trainer.strategy", strategy, "--trainer.devices", "1")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--async_save is for one file that one process writes, but trainer.strategy" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("strategy", ["auto", cluster("ddp")])

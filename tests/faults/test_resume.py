@@ -31,14 +31,6 @@ def resumed_until_done(folder, num_workers, kills, most_lines, **settings):
     finish(folder, num_workers, **settings)
 
 
-@pytest.fixture
-def folders(tmp_path):
-    made = tmp_path / "whole", tmp_path / "killed"
-    for folder in made:
-        folder.mkdir()
-    return made
-
-
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.cluster), 2])
 def test_a_killed_fit_goes_on_with_the_batches_of_a_whole_one(folders, num_workers):
     whole, killed = folders
