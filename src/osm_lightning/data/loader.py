@@ -127,8 +127,8 @@ class EpochLoader(DataLoader[MaskBatch]):
             )
             if not self.resume_approximately:
                 raise ValueError(
-                    f"the checkpoint was written in the middle of an epoch, and since then {changed}: the next batches "
-                    "would not be those of the uninterrupted run. Resume with what was, or set "
+                    f"the checkpoint holds how far each reader of the data was, and since then {changed}: the next "
+                    "batches would not be those of the uninterrupted run. Resume with what was, or set "
                     "data.resume_approximately to go on with newly shuffled data."
                 )
             warnings.warn(f"Resuming approximately: {changed}. The rest of the epoch is shuffled anew.", stacklevel=2)
