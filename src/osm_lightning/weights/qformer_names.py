@@ -49,44 +49,21 @@ QUERIES = frozenset({"mask_query_QD", "context_query_QD"})
 """Ours, and no part of transformers' Q-Former."""
 
 
-def convert_qformer(source: Mapping[str, Tensor], qformer: MaskQFormer) -> dict[str, Tensor]:
-    """Renames the weights of transformers' `InstructBlipQFormerModel` to ours.
-
-    Args:
-        source: its state dict, without a prefix.
-        qformer: the module that is to take them; only its names and shapes are read. Where it reads no instruction,
-            the source's text parts have no place in it and are left out.
-
-    Returns:
-        Everything in the module's state dict but the queries; tensors are the source's own, not copies.
-
-    Raises:
-        ValueError: a name is unknown or has no place in the module, a part of the module stays empty, or a shape
-            differs; up to five of each are shown.
-    """
-    converted, report = match_qformer(source, qformer, "the source")
-    problems = report.problems()
-    if problems:
-        raise ValueError(
-            f"the Q-Former's weights don't fit the model ({problems}). Give a state dict of transformers' "
-            "InstructBlipQFormerModel without a prefix, and the sizes of its config under `qformer`."
-        )
-    return converted
-
-
 def match_qformer(
     source: Mapping[str, Tensor], qformer: MaskQFormer, origin: str, prefix: str = ""
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """As `convert_qformer`, but says what does not fit in place of refusing it.
+    """Renames the weights of transformers' `InstructBlipQFormerModel` to ours.
 
     Args:
-        source: transformers' state dict.
-        qformer: the module that is to take them.
+        source: its state dict.
+        qformer: the module that is to take them; only its names and shapes are read. Where it reads no instruction,
+            the source's text parts have no place in it and are left out.
         origin: where the tensors come from, for the report.
         prefix: what stands before the source's names in its file; the report's names bear it.
 
     Returns:
-        What fits by our names, and the report by the source's.
+        What fits by our names, the source's own tensors and not copies, and the report by the source's names. Where
+        nothing surprises, that is everything in the module's state dict but the queries.
     """
     target = {name: tensor.shape for name, tensor in qformer.state_dict().items() if name not in QUERIES}
     reads_text = qformer.instruction is not None
