@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported. Several processes that each take all cores wait for each other more than they compute.
@@ -22,6 +23,17 @@ def shared_data() -> Path:
             "OSM_SHARED_DATA is not set: it names a folder with coco_mini/, real images that the project may not carry"
         )
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As many threads here as subprocesses have, so that sums are added in one order: for `usefixtures`."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,12 @@ from osm_lightning.__main__ import main
 
 HEIGHT, WIDTH = 240, 360
 """Three times what the model sees, so that a mask of one pixel vanishes on the way."""
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_MASKS = 70
 """More than go through the model at once."""
 SAME = 1e-6
 """How near two log probabilities of the same computation are."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that sums are added in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +22,9 @@ from shapes_run import QUOTA, STEPS, run_osm, settings
 from osm_lightning.__main__ import OFFLINE_COMMANDS, TRAINER_COMMANDS, main
 from osm_lightning.training.callbacks import KeepConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODES = ("agnostic", "shapes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As many threads here as the subprocesses have, so that sums come out the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
 import fabricate
 
 MODES = ("any", "coco")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLOSE = 1e-4
 """Of a log probability."""
 
@@ -59,14 +60,6 @@ def here(*words: str | Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([str(word) for word in words])
     assert stopped.value.code == 0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
