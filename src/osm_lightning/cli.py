@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from osm_lightning.batch import AGNOSTIC_NAME, MODE_ALIASES, mode_index, mode_names
 from osm_lightning.checkpoint_words import default_run, with_checkpoint
@@ -197,7 +198,13 @@ class OSMCLI(LightningCLI):
             files = WritesBeside(files)
         plugins = config.get("plugins") or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), files]
-        trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
+        try:
+            trainer = super()._instantiate_trainer(config, [WatchRanks(), *callbacks])
+        except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the settings under `trainer` make no trainer here: {error} configs/trainer/ has what runs on a CPU, "
+                "a GPU and many."
+            ) from error
         if isinstance(files, WritesBeside) and isinstance(trainer.strategy, SavesTogether):
             raise ValueError(
                 f"--async_save is for one file that one process writes, but trainer.strategy "

@@ -90,10 +90,12 @@ def test_a_write_that_fails_ends_the_run_at_the_next_save(tmp_path, ranks):
     assert list(tmp_path.glob("*last.ckpt*")) == []
 
 
-@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "osm_lightning.training.fsdp2.FSDP2"])
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "{class_path: osm_lightning.training.fsdp2.FSDP2}"])
 def test_engines_that_write_folders_refuse_it(tmp_path, shapes, strategy):
-    words = [*settings(shapes), "--run", tmp_path / "run", "--async_save", "true"]
-    done = run_osm("fit", *words, "--trainer.strategy", strategy, "--trainer.devices", "1")
+    overlay = tmp_path / "strategy.yaml"
+    overlay.write_text(f"trainer: {{strategy: {strategy}}}\n", encoding="utf-8")
+    words = [*settings(shapes), "--config", overlay, "--run", tmp_path / "run", "--async_save", "true"]
+    done = run_osm("fit", *words)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "--async_save is for one file that one process writes, but trainer.strategy" in done.stderr

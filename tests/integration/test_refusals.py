@@ -47,6 +47,28 @@ def ckpt(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run / "checkpoints" / "last.ckpt"
 
 
+# The trainer
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("strategy", "nonsense", "invalid strategy name: `strategy='nonsense'`"),
+        ("accelerator", "tpu", "Requirement 'torch_xla"),
+        ("devices", "0", r"`Trainer(devices='0')` value is not a valid input"),
+        ("devices", "3,a", "`devices` selected with `CPUAccelerator` should be an int > 0"),
+    ],
+)
+def test_a_trainer_that_cannot_be(
+    shapes: Path, tmp_path: Path, refused: Refuse, setting: str, value: str, reason: str
+) -> None:
+    said = refused("fit", *settings(shapes), f"--trainer.{setting}", value, "--run", tmp_path / "run")
+    assert "the settings under `trainer` make no trainer here: " in said
+    assert reason in said
+    assert "configs/trainer/" in said
+    assert not (tmp_path / "run").exists()
+
+
 # Images and masks
 
 
