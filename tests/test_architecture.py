@@ -34,9 +34,9 @@ NEVER = {"evaluation": {"model"}}
 
 LIBRARY_PLACES = {
     "lightning": ("cli", "data.module", "training"),
-    "open_clip": ("model.vision", "model.language", "weights"),
+    "open_clip": ("model.towers", "weights"),
     "transformers": (
-        "model.vision",
+        "model.towers",
         "model.language",
         "model.instructblip",
         "data.text",
@@ -158,7 +158,8 @@ def house(tmp_path: Path) -> Path:
         "data/text.py": '"""Text."""\nfrom transformers import AutoTokenizer\nfrom osm_lightning.batch import X\n',
         "data/module.py": '"""Module."""\nimport lightning as L\nfrom . import text\nfrom .text import encode\n',
         "data/parts/collate.py": '"""Collate."""\nfrom ..text import encode\nfrom ... import batch\n',
-        "model/vision.py": '"""Vision."""\ndef build():\n    import open_clip\n',
+        "model/vision.py": '"""Vision."""\nfrom osm_lightning.model.towers import of_open_clip\n',
+        "model/towers/of_open_clip.py": '"""Vision."""\ndef build():\n    import open_clip\n',
         "weights/deep/names.py": '"""Names."""\nimport transformers.models\nimport osm_lightning.model.vision\n',
         "training/task.py": '"""Task."""\nimport lightning.pytorch\nfrom osm_lightning import data, model\n',
         "evaluation/naming.py": '"""Naming."""\nfrom osm_lightning import batch\n',

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
 from osm_lightning.model.config import VisionConfig
-from osm_lightning.model.vision import OpenClipTower, VisionEncoder
+from osm_lightning.model.towers import OpenClipTower
+from osm_lightning.model.vision import VisionEncoder
 
 BLOCKS, WIDTH, PATCH, WINDOW = 3, 12, 4, 8
 ARCHITECTURE = {
