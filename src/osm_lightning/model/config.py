@@ -12,14 +12,17 @@ Precision = Literal["float32", "bfloat16", "float16"]
 class VisionConfig:
     """The frozen vision tower and how a high-resolution image goes through it (Sec. 3.2)."""
 
-    tower: Literal["open_clip", "dinov2", "instructblip"] = "open_clip"
-    """Library and family of the tower: an open_clip model, transformers' Dinov2, or InstructBLIP's vision model."""
+    tower: Literal["open_clip", "dinov2", "dinov2_with_registers", "dinov3", "clip", "siglip", "instructblip"] = (
+        "open_clip"
+    )
+    """Library and family of the tower: any ViT of open_clip, or one of transformers' families. "siglip" reads SigLIP
+    and SigLIP 2 of a fixed size. docs/towers.md lists them."""
     name: str = "EVA01-g-14"
-    """open_clip's model name, or the folder or hub id of a Dinov2 or an InstructBLIP."""
+    """open_clip's model name, or the folder or hub id of one of transformers'."""
     pretrained: str | None = None
     """open_clip's pretrained tag, or a local weight file. None leaves the weights random."""
     architecture: dict[str, Any] | None = None
-    """Arguments of transformers' Dinov2Config or InstructBlipVisionConfig: random weights of these sizes in place of
+    """Arguments of the config class that transformers has for the family: random weights of these sizes in place of
     `name`."""
     image_size_px: int = 1120
     """Side of the square input. A multiple of the window size."""

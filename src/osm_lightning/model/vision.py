@@ -18,7 +18,7 @@ from osm_lightning.model import windows
 from osm_lightning.model.config import VisionConfig
 from osm_lightning.model.frozen import OwnsFrozen, Shard, freeze, place, torch_dtype
 from osm_lightning.model.lockstep import ALONE, Lockstep
-from osm_lightning.model.towers import TOWERS
+from osm_lightning.model.towers import build_tower
 
 
 class VisionEncoder(OwnsFrozen):
@@ -42,7 +42,7 @@ class VisionEncoder(OwnsFrozen):
         super().__init__()
         config.check()
         self.config = config
-        tower = TOWERS[config.tower](config)
+        tower = build_tower(config)
         if tower.patch_size_px != config.patch_size_px:
             raise ValueError(
                 f"vision.patch_size_px is {config.patch_size_px}, but the tower's are {tower.patch_size_px} px: "

@@ -24,7 +24,7 @@ class Tower(nn.Module):
     std: tuple[float, ...]
     """Standard deviation of its normalised pixels, in [0, 1]."""
     report: LoadReport | None = None
-    """What was loaded, where its tensors were assigned here and not by a library."""
+    """What was loaded; None for random weights, and for open_clip, which loads strictly and reports nothing."""
 
     def blocks(self) -> Iterable[nn.Module]:
         """Its transformer blocks: nearly all of its weights."""
@@ -37,6 +37,15 @@ class Tower(nn.Module):
     def final_norm(self, tokens: Tensor) -> Tensor:
         """The tower's own final LayerNorm."""
         raise NotImplementedError
+
+
+def split_tokens(prefix_BxE: Tensor, patches_BpE: Tensor, num_cls: int) -> tuple[Tensor, Tensor]:
+    """CLS and patches of a window's tokens; registers, which come after CLS, are left out.
+
+    Where a tower has no CLS (SigLIP), the mean of the window's patches stands for it: it sums a window up, is there at
+    every block, and is as wide as the patches. SigLIP's own pooling reads the last block's output only.
+    """
+    return prefix_BxE[:, 0] if num_cls else patches_BpE.mean(1), patches_BpE
 
 
 def checked_depth(config: VisionConfig, num_blocks: int) -> int:
