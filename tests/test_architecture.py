@@ -39,6 +39,8 @@ LIBRARY_PLACES = {
         "model.towers",
         "model.language",
         "model.instructblip",
+        "model.pretrained",
+        "model.quantized",
         "data.text",
         "weights",
         "evaluation.similarity",

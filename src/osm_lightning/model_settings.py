@@ -26,6 +26,7 @@ LINKS = (
     ("model.qformer.context", "data.context"),
     ("model.qformer.mask_rule", "data.mask_rule"),
     ("model.qformer.instruction_tokenizer", "data.instruction_tokenizer"),
+    ("model.language.chat_template", "data.chat_template"),
     ("model.modes", "data.modes"),
 )
 """Settings of the data that are the model's."""
@@ -77,7 +78,8 @@ class ModelSettings:
         """
         language = self.model.language
         name = language_tokenizer(language.tokenizer, language.name)
-        return TextCodec(name, self.data["instruction_tokenizer"], self.data.get("max_text_tokens"))
+        limit, chat = self.data.get("max_text_tokens"), self.data["chat_template"]
+        return TextCodec(name, self.data["instruction_tokenizer"], limit, chat)
 
 
 def settings_of(checkpoint: Checkpoint, changes: Mapping[str, object]) -> ModelSettings:

@@ -69,6 +69,7 @@ class OSMData(lightning.LightningDataModule):
         scale: tuple[float, float] = (0.5, 1.5),
         min_mask_px: int = 100,
         max_text_tokens: int | None = None,
+        chat_template: bool = False,
         images_per_val_batch: int = 1,
         num_workers: int = 4,
         seed: int = 0,
@@ -93,6 +94,7 @@ class OSMData(lightning.LightningDataModule):
             min_mask_px: masks of no more pixels than this after the crop are skipped in training.
             max_text_tokens: ids that a mask's prompt and name, and an instruction, are cut to (released: 32); null cuts
                 nothing.
+            chat_template: ask in the turns of the tokenizer's chat template (linked to the model's).
             images_per_val_batch: images of a validation or prediction batch, each with all its masks.
             num_workers: processes that prepare batches.
             seed: seed of shuffling, augmentation and prompts.
@@ -106,7 +108,7 @@ class OSMData(lightning.LightningDataModule):
         self.sources = sources
         self.modes = mode_names(modes)
         self.tokenizer, self.instruction_tokenizer = tokenizer, instruction_tokenizer
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self.chat_template = max_text_tokens, chat_template
         self.view = View(image_size_px, patch_size_px, context, scale, min_mask_px, mask_rule=mask_rule)
         self.masks_per_image, self.agnostic_share = masks_per_image, agnostic_share
         self.masks_per_epoch, self.images_per_val_batch = masks_per_epoch, images_per_val_batch
@@ -150,7 +152,9 @@ class OSMData(lightning.LightningDataModule):
     def codec(self) -> TextCodec:
         """Both tokenizers; loaded on first use."""
         if not hasattr(self, "_codec"):
-            self._codec = TextCodec(self.tokenizer, self.instruction_tokenizer, self.max_text_tokens)
+            self._codec = TextCodec(
+                self.tokenizer, self.instruction_tokenizer, self.max_text_tokens, self.chat_template
+            )
         return self._codec
 
     @property

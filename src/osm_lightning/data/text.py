@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from osm_lightning.data.chat import ChatFormat
 from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
 from osm_lightning.vocabulary import load_vocabulary
 
@@ -39,7 +40,11 @@ class TextCodec:
     """Both tokenizers, and the rules of how text is put together."""
 
     def __init__(
-        self, tokenizer: str, instruction_tokenizer: str | None = None, max_text_tokens: int | None = None
+        self,
+        tokenizer: str,
+        instruction_tokenizer: str | None = None,
+        max_text_tokens: int | None = None,
+        chat_template: bool = False,
     ) -> None:
         """Loads the tokenizers.
 
@@ -48,17 +53,22 @@ class TextCodec:
             instruction_tokenizer: the Q-Former's, likewise; None where it reads no instruction.
             max_text_tokens: ids that a text and an instruction are cut to, the answer's EOS and end first (released
                 behaviour); None cuts nothing.
+            chat_template: write question and answer as turns of the tokenizer's chat template; the Q-Former reads the
+                plain question all the same.
 
         Raises:
-            ValueError: a tokenizer is missing, or has no EOS.
+            ValueError: a tokenizer is missing, has no EOS, or no chat template where one is asked for.
         """
-        self._settings = (tokenizer, instruction_tokenizer, max_text_tokens)
+        self._settings = (tokenizer, instruction_tokenizer, max_text_tokens, chat_template)
         self._limit = max_text_tokens
         self._language = load_tokenizer(tokenizer)
         self._instruction = None if instruction_tokenizer is None else load_tokenizer(instruction_tokenizer)
         if self._language.eos_token_id is None:
             raise ValueError(f"tokenizer {tokenizer!r} has no EOS token, so that no answer could ever end.")
         self.eos_ids: tuple[int, ...] = (int(self._language.eos_token_id),)
+        self._chat = ChatFormat.of(self._language, tokenizer) if chat_template else None
+        if self._chat is not None:  # the turn's end is what is learnt; EOS ends an answer as well
+            self.eos_ids = tuple(dict.fromkeys((self._chat.end_id, *self.eos_ids)))
         # A tokenizer that puts BOS first by itself belongs to an LLM that was trained with one. Which id that is, its
         # settings say: InstructBLIP's is </s>, where newer classes put Llama's <s>.
         self._bos = self._leading_special_ids()
@@ -66,7 +76,7 @@ class TextCodec:
             self._bos = [int(self._language.bos_token_id)]
         self.encode = lru_cache(maxsize=100_000)(self._encode)
 
-    def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None, int | None]]:
+    def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None, int | None, bool]]:
         # What is remembered of `encode` cannot be pickled, and workers that are spawned need not have it.
         return TextCodec, self._settings
 
@@ -95,20 +105,38 @@ class TextCodec:
             ValueError: the limit leaves nothing of an answer.
         """
         asked = prompt(question)
-        prompt_ids = [*self._bos, *self._ids(asked)]
+        prompt_ids = self._prompt_ids(question)
         ids = list(prompt_ids)
         if name is not None:
-            whole = [*self._bos, *self._ids(asked + answer(name))]
+            whole, answer_ids = self._with_answer(question, name)
             # Tokenised in one piece where the prompt's ids stay what they are at test time, which holds for all
             # tokenizers that split at white space; otherwise in two.
             kept = whole[: len(prompt_ids)] == prompt_ids
-            ids = [*(whole if kept else [*prompt_ids, *self._ids(answer(name))]), self.eos_ids[0]]
+            ids = [*(whole if kept else [*prompt_ids, *answer_ids]), self.eos_ids[0]]
         if self._limit is not None and len(prompt_ids) >= self._limit:
             raise ValueError(
                 f"data.max_text_tokens is {self._limit}, but {asked!r} alone has {len(prompt_ids)} ids with this "
                 "tokenizer, which leaves nothing of an answer. Raise it, or set it to null."
             )
         return Text(tuple(ids[: self._limit]), len(prompt_ids), self._instruction_ids(asked))
+
+    def _prompt_ids(self, question: str) -> list[int]:
+        """What the LLM is asked: the plain prompt after BOS, or the template's turns, which hold their own."""
+        if self._chat is None:
+            return [*self._bos, *self._ids(prompt(question))]
+        return self._chat.ids(self._chat.prompt(question))
+
+    def _with_answer(self, question: str, name: str) -> tuple[list[int], list[int]]:
+        """Ids of prompt and answer in one piece, and of the answer alone, without what ends it."""
+        if self._chat is None:
+            return [*self._bos, *self._ids(prompt(question) + answer(name))], self._ids(answer(name))
+        said = self._chat.lead + answer(name).strip()
+        asked = self._chat.prompt(question)
+        whole, alone = self._chat.ids(asked + said), self._ids(said)
+        # A special token that is spelled in a name would become one beside the template's.
+        spelled = len([i for i in whole if i in self._chat.reserved_ids])
+        meant = len([i for i in self._chat.ids(asked) if i in self._chat.reserved_ids])
+        return (whole if spelled == meant else []), alone
 
     def _instruction_ids(self, asked: str) -> tuple[int, ...]:
         if self._instruction is None:

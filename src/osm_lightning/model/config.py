@@ -140,8 +140,13 @@ class LanguageConfig:
     """Folder, hub id or `builtin:SIZE`; None takes the LLM's own."""
     architecture: dict[str, Any] | None = None
     """Arguments of transformers' LlamaConfig: random weights of these sizes in place of `name`."""
+    chat_template: bool = False
+    """Write question and answer as turns of the tokenizer's chat template: [mask tokens, mode, user's turn, assistant's
+    turn]. The paper and the released code don't."""
     dtype: Precision = "bfloat16"
     """Precision of the frozen weights."""
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the weights in 8 or 4 bits by bitsandbytes, on a CUDA device; they are computed with in `dtype`."""
     length_groups: int = 1
     """Groups of like length that the texts of a training batch go through the LLM in, one after the other. More waste
     less on padding: a sixth of the LLM's work on a CPU. A GPU is better served by one."""

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from osm_lightning.model.blocks import compile_block, recompute_in_backward
 from osm_lightning.model.config import LanguageConfig
-from osm_lightning.model.frozen import OwnsFrozen, Shard, freeze, missing_weights, place, torch_dtype
+from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
 from osm_lightning.model.instructblip import is_instructblip, open_instructblip
 from osm_lightning.model.load_report import LoadReport
+from osm_lightning.model.pretrained import load_pretrained
+from osm_lightning.model.quantized import check_quantization, load_quantized
 
 
 class LanguageModel(OwnsFrozen):
@@ -25,7 +27,7 @@ class LanguageModel(OwnsFrozen):
 
     frozen_parts = ("llm",)
     report: LoadReport | None = None
-    """What was loaded, where its tensors were assigned here and not by a library."""
+    """What was loaded; None for random weights."""
 
     def __init__(self, config: LanguageConfig, shard: Shard | None = None, compiled: bool = False) -> None:
         """Loads the weights.
@@ -36,13 +38,14 @@ class LanguageModel(OwnsFrozen):
             compiled: have torch compile the blocks, where gradients go through them.
 
         Raises:
-            ValueError: the weights are missing.
+            ValueError: the weights are missing, broken, or cannot be quantised here.
         """
         super().__init__()
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
         self.config = config
-        dtype = torch_dtype(config.dtype)
+        if config.quantize is not None:
+            check_quantization(config, sharded=shard is not None)
         if config.architecture is not None:
             model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
         else:
@@ -50,10 +53,15 @@ class LanguageModel(OwnsFrozen):
             if is_instructblip(config.name):
                 model, self.report = open_instructblip(config.name, "language.name").language_model()
             else:
-                model = AutoModelForCausalLM.from_pretrained(config.name, dtype="auto")
-        self.llm = freeze(cast("nn.Module", model))
+                model, self.report = load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM")
+        if config.quantize is None:
+            self.llm = freeze(cast("nn.Module", model))
+            self.identity = place(self.llm, model.get_decoder().layers, torch_dtype(config.dtype), shard)
+        else:
+            self.identity = fingerprint(model)  # of what the folder holds, so that it is the same in any precision
+            model = load_quantized(config)
+            self.llm = freeze(cast("nn.Module", model))
         blocks = model.get_decoder().layers
-        self.identity = place(self.llm, blocks, dtype, shard)
         for block in blocks:
             if compiled:
                 compile_block(block, for_gradients_only=True)
@@ -73,7 +81,9 @@ class LanguageModel(OwnsFrozen):
 
     def word_embeddings(self) -> Tensor:
         """float32[V, Z], the embedding of every id."""
-        return cast("Tensor", cast("Any", self.llm).get_input_embeddings().weight).detach().float()
+        embedding = cast("Any", self.llm).get_input_embeddings()
+        scale = getattr(embedding, "embed_scale", 1.0)  # Gemma's is part of its embedding
+        return cast("Tensor", embedding.weight).detach().float() * scale
 
     def step_along(self) -> None:
         """Takes a step of naming that nobody needs, in the order of a real one: `hidden`, `logits`, `embed`."""
@@ -85,7 +95,7 @@ class LanguageModel(OwnsFrozen):
         """An empty key-value cache for `hidden`."""
         from transformers import DynamicCache
 
-        return DynamicCache()
+        return DynamicCache(config=cast("Any", self.llm).config)
 
     def hidden(self, inputs_MXZ: Tensor, cache: Any = None) -> Tensor:
         """Runs the decoder over embeddings.
