@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models import register_model
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from osm_lightning.model.vision import VisionEncoder
 NATIVE = {"image_size": 16, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8, "mlp_ratio": 2.0}
 TIMM = {"image_size": 28, "timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": None}
 POOLED = {"image_size": 8, "timm_model_name": "osm_test_pooled_vit", "timm_pool": "avg", "timm_proj": "linear"}
+EVA = {"image_size": 8, "timm_model_name": "osm_test_eva", "timm_pool": "token", "timm_proj": None}
 TEXT = {"context_length": 4, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
 
 
@@ -30,6 +32,15 @@ def osm_test_pooled_vit(pretrained: bool = False, **options: Any) -> nn.Module:
     """A ViT of timm without CLS, as SigLIP's are; open_clip makes it by this name."""
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
     vit = VisionTransformer(class_token=False, global_pool="avg", num_classes=0, **sizes)
+    vit.default_cfg = {}
+    return vit
+
+
+@register_model
+def osm_test_eva(pretrained: bool = False, **options: Any) -> nn.Module:
+    """EVA01-g's architecture, small: q, k and v in one, a bias of zeros for k, learnt positions."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    vit = Eva(mlp_ratio=6144 / 1408, num_classes=0, global_pool=options["global_pool"], **sizes)
     vit.default_cfg = {}
     return vit
 
@@ -43,7 +54,7 @@ def random_images(side: int) -> Tensor:
 def open_clip_names(tmp_path: Path) -> dict[str, str]:
     """Registers two small models; open_clip keeps them for the rest of the process."""
     names = {}
-    for family, vision in {"native": NATIVE, "timm": TIMM, "pooled": POOLED}.items():
+    for family, vision in {"native": NATIVE, "timm": TIMM, "pooled": POOLED, "eva": EVA}.items():
         names[family] = f"osm-test-{family}"
         path = tmp_path / f"{names[family]}.json"
         path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}))
@@ -62,7 +73,7 @@ def hidden_states(visual: nn.Module, blocks: nn.Module, norm: nn.Module, pixels:
 
 
 @pytest.mark.parametrize("layer", [2, None])
-@pytest.mark.parametrize(("family", "patch_px", "window_px"), [("native", 8, 16), ("timm", 14, 28)])
+@pytest.mark.parametrize(("family", "patch_px", "window_px"), [("native", 8, 16), ("timm", 14, 28), ("eva", 4, 8)])
 def test_tokens_are_those_of_its_own_forward_pass(
     open_clip_names: dict[str, str], family: str, patch_px: int, window_px: int, layer: int | None
 ) -> None:
@@ -99,6 +110,20 @@ def test_tokens_are_those_of_its_own_forward_pass(
     grid = features[:, 4:].unflatten(1, (2 * side, 2 * side))[:, :side, side:].flatten(1, 2)
     torch.testing.assert_close(grid, norm(wanted[:, 1:]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(features[:, 1], norm(wanted[:, 0]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "patch_px", "window_px"), [("native", 8, 16), ("timm", 14, 28), ("eva", 4, 8)])
+def test_a_tower_runs_in_half_precision(
+    open_clip_names: dict[str, str], family: str, patch_px: int, window_px: int
+) -> None:
+    sizes: dict[str, Any] = {"image_size_px": window_px, "window_size_px": window_px, "patch_size_px": patch_px}
+    features = []
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        encoder = VisionEncoder(VisionConfig(name=open_clip_names[family], dtype=dtype, **sizes))
+        features.append(encoder.features(random_images(window_px)))
+    assert {parameter.dtype for parameter in encoder.tower.parameters()} == {torch.bfloat16}
+    assert 0 < (features[1] - features[0]).abs().mean() < 0.05
 
 
 def native_config(names: dict[str, str], weights: Path | str | None, **changes: Any) -> VisionConfig:
