@@ -278,6 +278,7 @@ def test_loading_draws_none_of_anybodys_random_numbers(exported: Path) -> None:
         ({"model.vision.image_size_px": 100}, "must be a multiple of 56"),
         ({"model.language.tokenizer": "builtin:600"}, "the tokenizer has 600 ids"),
         ({"model.vision.architecture": None, "model.vision.name": "/no/vit"}, r"model\.vision\.name: /no/vit"),
+        ({"model.language.chat_template": True}, "chat_template is on, but the tokenizer .* has no chat template"),
         ({"model.qformer.width": 16}, "the checkpoint is of another model"),
         ({"model.modes": ["coco"], "model.qformer.num_queries": 3}, "the checkpoint is of another model"),
     ],
