@@ -31,17 +31,22 @@ def compile_block(block: nn.Module, for_gradients_only: bool) -> None:
     block.forward = run
 
 
-def recompute_in_backward(block: nn.Module) -> None:
+def recompute_in_backward(block: nn.Module, has_dropout: bool) -> None:
     """Has a block keep its inputs only between forward and backward, where it runs once more.
 
-    transformers' own switch does nothing in `eval`, where a frozen LLM stays. In `eval` there is no dropout either, so
-    that no state of random numbers is kept. Calls without gradients, naming with its cache among them, are as before.
+    transformers' own switch does nothing in `eval`, where a frozen LLM stays. Calls without gradients, naming with its
+    cache among them, are as before.
+
+    Args:
+        block: what is called.
+        has_dropout: keep the state of random numbers too, so that the second run drops what the first did. In `eval`
+            there is no dropout but that of adapters.
     """
     forward = block.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=has_dropout, **kwargs)
 
     block.forward = run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -131,6 +131,40 @@ class QFormerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters beside linear layers: what is trained of an otherwise frozen LLM."""
+
+    rank: int = 8
+    """Inner width of the adapters."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers, in every block, that get one. The defaults are those of Llama's family."""
+    dropout: float = 0.05
+    """Dropout of what an adapter reads, in training."""
+
+    def check(self, setting: str) -> None:
+        """Checks what can be checked without the LLM.
+
+        Args:
+            setting: the config's name for it.
+
+        Raises:
+            ValueError: a value means nothing.
+        """
+        if self.rank < 1:
+            raise ValueError(
+                f"{setting}.rank is {self.rank}, but must be at least 1. For no adapters set {setting} to null."
+            )
+        if self.alpha <= 0:
+            raise ValueError(f"{setting}.alpha is {self.alpha}, but must be above 0, or adapters would add nothing.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{setting}.dropout is {self.dropout}, but must be at least 0 and below 1.")
+        if not self.targets:
+            raise ValueError(f"{setting}.targets is empty. Name linear layers, or set {setting} to null.")
+
+
+@dataclass
 class LanguageConfig:
     """The frozen LLM: any decoder-only causal LM of transformers (Sec. 3.1)."""
 
@@ -153,3 +187,5 @@ class LanguageConfig:
     recompute_activations: bool = False
     """Keep no activations of the LLM's blocks between forward and backward, but compute them again: less memory, and a
     third more work of the LLM."""
+    lora: LoraConfig | None = None
+    """Adapters in its blocks, which are then trained beside the mask side. None: it stays as it is."""

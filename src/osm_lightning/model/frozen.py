@@ -33,6 +33,12 @@ def place(module: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype, sh
     Weights that were just loaded are pages of their file, in the file's precision, and take no memory of this process.
     A block becomes its own only here, its pages are given back, and it is sharded before the next one is touched.
 
+    Args:
+        module: frozen.
+        blocks: those of its modules that hold nearly all of it.
+        dtype: their precision.
+        shard: called with every block that has it. What is trained of a block from then on keeps its own precision.
+
     Returns:
         The module's fingerprint, of the weights as they were loaded.
     """
@@ -80,13 +86,17 @@ def _convert(module: nn.Module, dtype: torch.dtype, computed: Container[int]) ->
         for name, buffer in module.named_buffers()
         if id(buffer) in computed and not torch.equal(buffer.to(dtype).to(buffer.dtype), buffer)
     ]
-    module.to(dtype)
+    module._apply(lambda tensor: tensor.to(dtype) if _is_frozen_float(tensor) else tensor)
     for name, buffer in exact:
         owner, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(owner), attribute, buffer)
     converted = [old for old in before if old.dtype != dtype]
     if converted:
         give_back(converted)
+
+
+def _is_frozen_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.requires_grad
 
 
 class OwnsFrozen(nn.Module):

@@ -1,25 +1,31 @@
 """The frozen LLM: reads [mask tokens, mode, text] and says what comes next (Sec. 3.1).
 
-Gradients go through it, never into it. The vocabulary projection runs on the positions that are asked for and no
-others. How tokens are chosen is `naming/`'s business.
+Gradients go through it, never into it: where the config has LoRA, into the adapters in its blocks (`lora.py`). The
+vocabulary projection runs on the positions that are asked for and no others. How tokens are chosen is `naming/`'s
+business.
 """
 
 # M masks  P asked positions  Q mask tokens  L text ids  X positions of the LLM  V vocabulary  Z LLM width
 
 from __future__ import annotations
 
-from typing import Any, cast
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from osm_lightning.model.blocks import compile_block, recompute_in_backward
-from osm_lightning.model.config import LanguageConfig
+from osm_lightning.model.config import LanguageConfig, LoraConfig
 from osm_lightning.model.frozen import OwnsFrozen, Shard, fingerprint, freeze, missing_weights, place, torch_dtype
 from osm_lightning.model.instructblip import is_instructblip, open_instructblip
 from osm_lightning.model.load_report import LoadReport
+from osm_lightning.model.lora import adapters_train, add_adapters, check_targets
 from osm_lightning.model.pretrained import load_pretrained
 from osm_lightning.model.quantized import check_quantization, load_quantized
+
+LORA = "model.language.lora"
+"""The config's name for the adapters."""
 
 
 class LanguageModel(OwnsFrozen):
@@ -38,7 +44,8 @@ class LanguageModel(OwnsFrozen):
             compiled: have torch compile the blocks, where gradients go through them.
 
         Raises:
-            ValueError: the weights are missing, broken, or cannot be quantised here.
+            ValueError: the weights are missing, broken or cannot be quantised here, or adapters are for layers that
+                the LLM has not.
         """
         super().__init__()
         from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -46,6 +53,8 @@ class LanguageModel(OwnsFrozen):
         self.config = config
         if config.quantize is not None:
             check_quantization(config, sharded=shard is not None)
+        if config.lora is not None:
+            config.lora.check(LORA)
         if config.architecture is not None:
             model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
         else:
@@ -54,21 +63,34 @@ class LanguageModel(OwnsFrozen):
                 model, self.report = open_instructblip(config.name, "language.name").language_model()
             else:
                 model, self.report = load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM")
+        if config.lora is not None:
+            check_targets(model.get_decoder().layers, config.lora.targets, LORA)
+        complete = partial(_complete, config.lora, shard)
         if config.quantize is None:
             self.llm = freeze(cast("nn.Module", model))
-            self.identity = place(self.llm, model.get_decoder().layers, torch_dtype(config.dtype), shard)
+            blocks = model.get_decoder().layers
+            self.identity = place(self.llm, blocks, torch_dtype(config.dtype), complete)
         else:
             self.identity = fingerprint(model)  # of what the folder holds, so that it is the same in any precision
             model = load_quantized(config)
             self.llm = freeze(cast("nn.Module", model))
-        blocks = model.get_decoder().layers
+            blocks = model.get_decoder().layers
+            for block in blocks:
+                complete(block)
+        has_dropout = config.lora is not None and config.lora.dropout > 0
         for block in blocks:
             if compiled:
                 compile_block(block, for_gradients_only=True)
             if config.recompute_activations:
-                recompute_in_backward(block)
+                recompute_in_backward(block, has_dropout)
         self.width = int(model.get_input_embeddings().embedding_dim)
         self.vocabulary_size = int(model.get_output_embeddings().out_features)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the adapters' dropout, and leaves the LLM in `eval`."""
+        super().train(mode)
+        adapters_train(self.llm, mode)
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +150,14 @@ class LanguageModel(OwnsFrozen):
         if scale != 1.0:
             logits_PV = logits_PV * scale
         return logits_PV if cap is None else torch.tanh(logits_PV / cap) * cap
+
+
+def _complete(lora: LoraConfig | None, shard: Shard | None, block: nn.Module) -> None:
+    """What a block needs once it has its precision: adapters, which are shared out with it."""
+    if lora is not None:
+        add_adapters(block, lora)
+    if shard is not None:
+        shard(block)
 
 
 def quiet_loading() -> None:

@@ -174,7 +174,7 @@ class OSM(nn.Module):
         return self.language.logits(hidden_RXZ[row_P, before_P]), ids_RL[row_P, text_index_P], rows_R[row_P]
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of what is trained: position, queries, Q-Former, modes, projection."""
+        """Names and parameters of what is trained: position, queries, Q-Former, modes, projection, adapters."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def trained_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -61,6 +61,10 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
             for method in methods:
                 register_fsdp_forward_method(unit, method)
 
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Adapters are shared out with their block; all else is whole until `shard_model`."""
+        parameter.copy_(self._part(value, parameter) if isinstance(parameter, DTensor) else value)
+
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
         """Gives every trained parameter this process's part of its value."""
         with torch.no_grad():
             for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
-                parameter.copy_(self._part(checkpoint["state_dict"][PREFIX + name], parameter))
+                self.fill(parameter, checkpoint["state_dict"][PREFIX + name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives the optimizer its parts of the moments, its number of steps and its settings."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from osm_lightning.model.lockstep import ALONE, Lockstep
 from osm_lightning.model.osm import OSM
@@ -43,6 +43,10 @@ class Sharding:
 
     def shard_model(self, model: OSM) -> None:
         """Shards all the rest, trained parts included."""
+        raise NotImplementedError
+
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Gives a parameter its value, or this process's part of it where it is shared out."""
         raise NotImplementedError
 
 

@@ -32,7 +32,7 @@ from osm_lightning.training.sharding import Sharding
 from osm_lightning.training.strategies import register_strategies
 from osm_lightning.weights.build import build_model
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
-from osm_lightning.weights.trained import check_tensors
+from osm_lightning.weights.trained import check_tensors, copy_into
 
 register_strategies()
 
@@ -107,7 +107,8 @@ class OSMTask(lightning.LightningModule):
             sharding.check_compiling()
         checkpoint = None if self.weights is None else read_checkpoint(self.weights, self.trust_checkpoint)
         parts = self.vision, self.qformer, self.language, self.modes
-        osm = build_model(*parts, self._data.codec, checkpoint, shard, compiled)
+        fill = copy_into if sharding is None else sharding.fill
+        osm = build_model(*parts, self._data.codec, checkpoint, shard, compiled, fill)
         if sharding is not None:
             osm.lockstep = sharding.lockstep
             self._data.in_step = osm.lockstep.together

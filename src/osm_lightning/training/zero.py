@@ -125,6 +125,14 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
         """Stage 3: the same for the rest."""
         self.shard_block(model)
 
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Stage 3: gathered for it, where it is shared out already, as adapters are with their block."""
+        import deepspeed
+
+        shared = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=shared):
+            parameter.data.copy_(value)
+
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -140,12 +148,9 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Gives the trained parameters, and the optimizer's copies of them, their values."""
-        import deepspeed
-
         for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
             value = checkpoint["state_dict"][PREFIX + name].to(self.root_device)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.zero_stage_3):
-                parameter.data.copy_(value)
+            self.fill(parameter, value)
             self._put(parameter, value, None)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

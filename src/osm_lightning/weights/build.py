@@ -9,7 +9,7 @@ from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConf
 from osm_lightning.model.frozen import Shard
 from osm_lightning.model.osm import OSM
 from osm_lightning.weights.checkpoint import Checkpoint
-from osm_lightning.weights.trained import load_trained
+from osm_lightning.weights.trained import Fill, copy_into, load_trained
 
 
 def build_model(
@@ -21,6 +21,7 @@ def build_model(
     checkpoint: Checkpoint | None = None,
     shard: Shard | None = None,
     compiled: bool = False,
+    fill: Fill = copy_into,
 ) -> OSM:
     """Builds the model, loads its frozen parts and takes the trained ones over.
 
@@ -33,6 +34,7 @@ def build_model(
         checkpoint: the trained parts; None leaves them as they are drawn.
         shard: called with every block of the frozen parts once it is loaded.
         compiled: have torch compile the blocks of all parts.
+        fill: puts a trained tensor into its parameter, which `shard` may have shared out.
 
     Raises:
         ValueError: weights are missing, sizes or tokenizers don't fit, or the checkpoint is of another model.
@@ -40,7 +42,7 @@ def build_model(
     model = OSM(vision, qformer, language, modes, shard, compiled)
     check_tokenizers(model, codec)
     if checkpoint is not None:
-        load_trained(model, checkpoint)
+        load_trained(model, checkpoint, fill)
     return model
 
 

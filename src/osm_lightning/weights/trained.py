@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osm_lightning.batch import AGNOSTIC
 from osm_lightning.model.load_report import LoadReport
+from osm_lightning.model.lora import is_adapter
 from osm_lightning.model.osm import OSM
 from osm_lightning.weights.checkpoint import Checkpoint
 
 MODE_TABLES = ("modes.query", "modes.embedding")
 """Tables with one row per mode."""
 
+Fill = Callable[[nn.Parameter, Tensor], None]
+"""Gives a parameter its value."""
 
-def check_tensors(model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str, str]) -> LoadReport:
+
+def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives a parameter its value, where this process holds all of it."""
+    parameter.copy_(value)
+
+
+def check_tensors(
+    model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str, str], fresh: Container[str] = ()
+) -> LoadReport:
     """Checks that tensors are exactly what the model trains, and that its frozen parts are the expected ones.
+
+    Args:
+        model: that is to take them.
+        tensors: trained ones by name.
+        frozen: fingerprints of the frozen parts that they were trained with.
+        fresh: names that stay as they were drawn.
 
     Returns:
         What is loaded.
@@ -27,7 +44,8 @@ def check_tensors(model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str
         ValueError: tensors are missing, unexpected or of another shape (a checkpoint of another model size), or a
             frozen part has other weights.
     """
-    report = LoadReport.compare("trained parts", "the checkpoint", tensors, model.trained_shapes())
+    wanted = {name: shape for name, shape in model.trained_shapes().items() if name not in fresh}
+    report = LoadReport.compare("trained parts", "the checkpoint", tensors, wanted)
     problems = report.problems()
     if problems:
         raise ValueError(
@@ -44,10 +62,16 @@ def check_tensors(model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str
     return report
 
 
-def load_trained(model: OSM, checkpoint: Checkpoint) -> LoadReport:
+def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> LoadReport:
     """Copies a checkpoint's trained tensors into a model.
 
-    Modes go by name, not by place; one that the checkpoint lacks starts as its agnostic one, with a warning.
+    Modes go by name, not by place; one that the checkpoint lacks starts as its agnostic one, with a warning. Adapters
+    of a model whose checkpoint has none at all start anew, without effect on what it names; a warning says so too.
+
+    Args:
+        model: that takes them.
+        checkpoint: trained parts, and identities of the frozen ones.
+        fill: puts a tensor into a parameter.
 
     Returns:
         What was loaded.
@@ -61,12 +85,21 @@ def load_trained(model: OSM, checkpoint: Checkpoint) -> LoadReport:
         for table in MODE_TABLES:
             if table in tensors and len(tensors[table]) == len(checkpoint.modes):
                 tensors[table] = tensors[table][rows]
-    report = check_tensors(model, tensors, checkpoint.frozen)
+    report = check_tensors(model, tensors, checkpoint.frozen, _fresh_adapters(model, tensors))
     parameters = dict(model.trained())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            fill(parameters[name], tensor)
     return report
+
+
+def _fresh_adapters(model: OSM, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of the adapters that nobody has trained yet."""
+    adapters = {name for name, _ in model.trained() if is_adapter(name)}
+    if not adapters or any(map(is_adapter, tensors)):
+        return set()
+    warnings.warn("the checkpoint has no LoRA adapters: they start anew, without effect.", stacklevel=3)
+    return adapters
 
 
 def _row(mode: str, modes: Sequence[str]) -> int:
