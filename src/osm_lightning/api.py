@@ -26,12 +26,11 @@ from osm_lightning.data.text import TextCodec
 from osm_lightning.evaluation.predictions import refuse_nan
 from osm_lightning.evaluation.segments import GivenMasks, given_segments
 from osm_lightning.model import osm as network
-from osm_lightning.model_settings import ModelSettings, settings_of
+from osm_lightning.model_settings import settings_of
 from osm_lightning.naming.greedy import name_masks
 from osm_lightning.picture import ORIENTATION, as_rgb, decode_image
 from osm_lightning.record import Record
-from osm_lightning.weights.build import build_model
-from osm_lightning.weights.checkpoint import Checkpoint, read_checkpoint
+from osm_lightning.weights.checkpoint import read_checkpoint
 
 __all__ = ["OSM", "Answer", "NamedMask", "Scene"]
 
@@ -98,7 +97,7 @@ class OSM:
         content = read_checkpoint(checkpoint)
         found = settings_of(content, settings)
         codec = found.codec()
-        model = _build(found, codec, content)
+        model = found.build(codec, content)
         namer = cls(model, found.view(), codec, found.model.max_new_tokens, precision or found.precision)
         return namer.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -199,15 +198,6 @@ class Scene:
         for mask in named:
             refuse_nan(mask)
         return named
-
-
-def _build(settings: ModelSettings, codec: TextCodec, checkpoint: Checkpoint) -> network.OSM:
-    """Builds the model; random frozen parts are drawn as the run drew them, and nobody else's random numbers change."""
-    section = settings.model
-    with torch.random.fork_rng(devices=[]):
-        if settings.seed is not None:
-            torch.default_generator.manual_seed(settings.seed)
-        return build_model(section.vision, section.qformer, section.language, section.modes, codec, checkpoint)
 
 
 def _rgb(image: ImageLike) -> tuple[str, Image.Image]:

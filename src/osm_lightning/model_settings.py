@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -17,7 +18,9 @@ from osm_lightning.data.sample import View
 from osm_lightning.data.text import TextCodec
 from osm_lightning.missing_parts import refuse_missing
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from osm_lightning.model.osm import OSM
 from osm_lightning.naming.greedy import MAX_NEW_TOKENS
+from osm_lightning.weights.build import build_model
 from osm_lightning.weights.checkpoint import Checkpoint
 
 LINKS = (
@@ -80,6 +83,18 @@ class ModelSettings:
         name = language_tokenizer(language.tokenizer, language.name)
         limit, chat = self.data.get("max_text_tokens"), self.data["chat_template"]
         return TextCodec(name, self.data["instruction_tokenizer"], limit, chat)
+
+    def build(self, codec: TextCodec, checkpoint: Checkpoint) -> OSM:
+        """Builds the model; random frozen parts are drawn as the run drew them, and nobody else's numbers change.
+
+        Raises:
+            ValueError: the frozen weights are not those that the checkpoint was trained with.
+        """
+        model = self.model
+        with torch.random.fork_rng(devices=[]):
+            if self.seed is not None:
+                torch.default_generator.manual_seed(self.seed)
+            return build_model(model.vision, model.qformer, model.language, model.modes, codec, checkpoint)
 
 
 def settings_of(checkpoint: Checkpoint, changes: Mapping[str, object]) -> ModelSettings:

@@ -5,6 +5,7 @@ Its frozen parts are random, drawn from the seed that its config carries, so tha
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from osm_lightning.data.text import TextCodec, builtin_tokenizer
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
+from osm_lightning.model.lora import is_adapter
 from osm_lightning.weights.build import build_model
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX
 from osm_lightning.weights.export import export
@@ -28,20 +30,17 @@ def write_checkpoint(folder: Path, **language: Any) -> Path:
         builtin_tokenizer(size).save_pretrained(folder / name)
     tiny["qformer"]["instruction_tokenizer"] = str(folder / "bert")
     tiny["language"] = {**tiny["language"], "tokenizer": str(folder / "llm"), **language}
+    parts = VisionConfig(**tiny["vision"]), QFormerConfig(**tiny["qformer"]), LanguageConfig(**tiny["language"])
+    # With the defaults that the run's own config would spell out.
+    vision, qformer, llm = map(asdict, parts)
     config = {
         "seed_everything": 3,
         "trainer": {"precision": "32-true"},
-        "model": {**tiny, "modes": list(MODES[1:]), "max_new_tokens": 6},
+        "model": {"vision": vision, "qformer": qformer, "language": llm, "modes": list(MODES[1:]), "max_new_tokens": 6},
         "data": {"sources": {}, "num_workers": 0},
     }
-    # The defaults that the run's own config would spell out.
-    tiny["vision"] = vars(VisionConfig(**tiny["vision"]))
-    tiny["qformer"] = vars(QFormerConfig(**tiny["qformer"]))
-    tiny["language"] = vars(LanguageConfig(**tiny["language"]))
-    config["model"] |= tiny
     torch.manual_seed(3)
     codec = TextCodec(str(folder / "llm"), str(folder / "bert"))
-    parts = VisionConfig(**tiny["vision"]), QFormerConfig(**tiny["qformer"]), LanguageConfig(**tiny["language"])
     model = build_model(*parts, MODES[1:], codec)
     with torch.no_grad():
         for name, parameter in model.trained():
@@ -49,6 +48,8 @@ def write_checkpoint(folder: Path, **language: Any) -> Path:
                 parameter.normal_()  # so that modes say different things
             if ".cross_attention." in name and parameter.ndim == 2:
                 parameter.mul_(10)  # and masks
+            if is_adapter(name):
+                parameter.normal_(std=0.1)  # as if they were trained
     path = folder / "last.ckpt"
     state = {PREFIX + name: parameter.detach() for name, parameter in model.trained()}
     ours = {"config": yaml.safe_dump(config), "frozen": model.frozen_identity()}

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from osm_lightning.commands.weights_import import add_import
+from osm_lightning.commands.weights_merge import add_merge
 from osm_lightning.weights.fetch import fetch
 from osm_lightning.weights.registry import SETS
 
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
     subcommands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_fetch(subcommands)
     add_import(subcommands)
+    add_merge(subcommands)
     _add_export(subcommands)
     _add_consolidate(subcommands)
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -185,6 +185,7 @@ def write_folder(
     card: str,
     tokenizers: Mapping[str, str] = MappingProxyType({}),
     files: Mapping[str, str] = MappingProxyType({}),
+    fill: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the shareable form; the folder appears whole or not at all.
 
@@ -194,6 +195,7 @@ def write_folder(
         card: its README.md.
         tokenizers: from folders in it to the tokenizers that are copied there.
         files: further texts by file name.
+        fill: writes what else belongs into the folder, while it grows.
 
     Raises:
         ValueError: the folder exists or cannot be written, or a tokenizer cannot be copied.
@@ -204,6 +206,8 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        if fill is not None:
+            fill(partial)
         _fill(checkpoint, partial, {"README.md": card, **files}, tokenizers)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,12 +222,13 @@ def _fill(checkpoint: Checkpoint, partial: Path, files: Mapping[str, str], token
     (partial / "frozen.json").write_text(json.dumps(dict(checkpoint.frozen), indent=1) + "\n", encoding="utf-8")
     for name, text in files.items():
         (partial / name).write_text(text, encoding="utf-8")
-    (partial / "model.safetensors").chmod(0o644)  # safetensors writes for its owner alone
+    for written in partial.rglob("*.safetensors"):
+        written.chmod(0o644)  # safetensors writes for its owner alone
     for name, tokenizer in tokenizers.items():
         copy_tokenizer(tokenizer, partial / name)
     for file in filter(Path.is_file, partial.rglob("*")):
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def found_checkpoints(root: Path = Path("runs"), most: int = 8) -> str:

@@ -77,11 +77,11 @@ The trained parts of an OSM model, which names whatever is inside a segmentation
 | trained | {num_parameters:,} parameters, {num_bytes:,} bytes (`model.safetensors`) |
 | modes | {", ".join(modes)} |
 | trained on | {trained_on or ", ".join(config["data"]["sources"])} |
-| input | {model["vision"]["image_size_px"]} px in windows of {model["vision"]["window_size_px"]} px |
+| input | {model["vision"]["image_size_px"]} px in windows of {model["vision"]["window_size_px"]} px |{_adapters(model)}
 
 ## Frozen parts
 
-They are not in this folder. It works with exactly those it was trained with; the identity (also in `frozen.json`) is
+{_whereabouts(model)} with exactly those it was made with; the identity (also in `frozen.json`) is
 compared when it is loaded.
 
 | part | weights | identity |
@@ -107,6 +107,22 @@ scene.name(masks, modes={json.dumps(modes)})  # bool[masks, height, width], or C
 Where the frozen weights lie elsewhere than the table says, add `--model.vision.name` (for an open_clip file
 `--model.vision.pretrained`) or `--model.language.name`; in Python, `settings={{"model.vision.name": ...}}`.
 """
+
+
+def _adapters(model: dict[str, Any]) -> str:
+    """The table's row on LoRA, where there is any."""
+    lora = model["language"].get("lora")
+    if lora is None:
+        return ""
+    beside = ", ".join(lora["targets"])
+    return f"\n| LoRA | rank {lora['rank']} beside the LLM's {beside}; `osm weights merge` folds it in |"
+
+
+def _whereabouts(model: dict[str, Any]) -> str:
+    """Which frozen parts the folder holds, and half a sentence more."""
+    if str(model["language"]["name"]).startswith(OWN):
+        return "The LLM is in this folder, with the adapters folded in; the vision tower is not. The folder works"
+    return "They are not in this folder, which works"
 
 
 def scores_of(path: Path) -> str:
@@ -150,4 +166,6 @@ def _origin(part: dict[str, Any]) -> str:
     if part["architecture"] is not None:
         return "random (sizes and seed are in config.yaml)"
     name, pretrained = part["name"], part.get("pretrained")
+    if str(name).startswith(OWN):
+        return f"`{name.removeprefix(OWN)}/` in this folder"
     return f"`{name}`" if pretrained is None else f"`{name}`, `{pretrained}`"

@@ -1,4 +1,4 @@
-"""Tokenizers that lie in an exported checkpoint's own folder, so that it can be used wherever it is moved.
+"""Tokenizers, and an LLM, that lie in a checkpoint's own folder, so that it can be used wherever it is moved.
 
 Its config names them as `own:FOLDER`, which means a folder within the checkpoint's; whoever reads the checkpoint gets
 the path in its place. Files are copied as they are: a tokenizer that is saved anew need not give the same ids.
@@ -18,10 +18,13 @@ from osm_lightning.data.text import BUILTIN, load_tokenizer
 from osm_lightning.instructions import BOX_QUESTIONS, MASK_QUESTIONS, answer, prompt
 
 OWN = "own:"
-"""Prefix of a tokenizer that lies in the checkpoint's folder."""
+"""Prefix of what lies in the checkpoint's folder."""
 
 FOLDERS = {("language", "tokenizer"): "tokenizer", ("qformer", "instruction_tokenizer"): "qformer_tokenizer"}
 """From a setting (below `model`) to the folder that its tokenizer is copied to."""
+
+LANGUAGE_FOLDER = "language"
+"""Folder of an LLM that `osm weights merge` made."""
 
 USUAL_FILES = (
     "added_tokens.json",
@@ -62,23 +65,24 @@ def pointed(config: str) -> tuple[str, dict[str, str]]:
 
 
 def resolved(config: str, folder: Path) -> str:
-    """The config with paths in place of its own tokenizers.
+    """The config with paths in place of its own parts.
 
     Args:
         config: as it stands in the folder.
         folder: the checkpoint's.
 
     Raises:
-        ValueError: a tokenizer is not there.
+        ValueError: one is not there.
     """
     if OWN not in config:
         return config
     content = yaml.safe_load(config)
-    for part, setting, name in tokenizers_of(content["model"]):
+    for (part, setting), own in {**FOLDERS, ("language", "name"): LANGUAGE_FOLDER}.items():
+        name = str((content["model"].get(part) or {}).get(setting))
         if name.startswith(OWN):
-            if name != OWN + FOLDERS[part, setting] or not (folder / FOLDERS[part, setting]).is_dir():
+            if name != OWN + own or not (folder / own).is_dir():
                 raise ValueError(f"model.{part}.{setting} is {name!r}, and there is no such folder in {folder}")
-            content["model"][part][setting] = str((folder / FOLDERS[part, setting]).resolve())
+            content["model"][part][setting] = str((folder / own).resolve())
     return yaml.safe_dump(content, sort_keys=False)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from osm_lightning.batch import AGNOSTIC_NAME
 from osm_lightning.model.load_report import LoadReport, is_known_extra
+from osm_lightning.model.lora import is_adapter
 from osm_lightning.model.mapped import read_file, read_pickle
 from osm_lightning.weights.checkpoint import Checkpoint
 from osm_lightning.weights.qformer_names import our_name, their_name
@@ -195,6 +196,11 @@ def write_released(checkpoint: Checkpoint, path: Path) -> int:
     """
     if path.exists():
         raise ValueError(f"{path} exists. Remove it, or give another --out.")
+    if any(map(is_adapter, checkpoint.tensors)):
+        raise ValueError(
+            "the checkpoint has LoRA adapters, for which the released format has no place. Fold them into the LLM with "
+            "`osm weights merge` first: the authors' code then needs that LLM too."
+        )
     theirs = to_released(checkpoint.tensors, checkpoint.modes)
     path.parent.mkdir(parents=True, exist_ok=True)
     copies = {name: tensor.detach().clone() for name, tensor in theirs.items() if name != CONTEXT_TWIN}

@@ -1,0 +1,51 @@
+"""The words of `osm weights merge`; the work is in `osm_lightning.weights.merge`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+Folds the LoRA adapters of a checkpoint into a copy of its LLM, and writes a checkpoint folder without adapters that
+holds this LLM (language/, as transformers reads it, with its tokenizer). It names as before, up to the rounding of the
+LLM's precision, and every command takes it, wherever it is moved; the vision tower is needed as before. All parts of
+the model are loaded for it, and the folder takes as much disk as the LLM.
+"""
+
+EXAMPLE = """\
+example:
+  osm weights merge --ckpt last --out models/merged
+  osm predict --ckpt models/merged --images IMAGES --masks MASKS --out NAMED
+"""
+
+
+def add_merge(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = subcommands.add_parser(
+        "merge",
+        help="fold a checkpoint's LoRA adapters into a copy of its LLM",
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ckpt", required=True, metavar="CKPT", help="a checkpoint with adapters, or `last`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder")
+    parser.set_defaults(run=_merge)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from osm_lightning.model.language import quiet_loading
+    from osm_lightning.model_settings import settings_of
+    from osm_lightning.weights.checkpoint import read_checkpoint
+    from osm_lightning.weights.merge import check_mergeable, merge
+
+    checkpoint = read_checkpoint(args.ckpt)
+    check_mergeable(checkpoint, args.out)
+    quiet_loading()
+    found = settings_of(checkpoint, {})
+    merged = merge(found.build(found.codec(), checkpoint), checkpoint, args.out)
+    num_adapters = len(checkpoint.tensors) - len(merged.tensors)
+    print(
+        f"{args.out}: {num_adapters} tensors of adapters are in language/, and {len(merged.tensors)} others beside it"
+    )
+    return 0
