@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import Job, Record, run, work
 from tiny_training import build, scenes_data, tiny_task, trainer
+from torch._dynamo.utils import counters
 
 from osm_lightning.model.config import LoraConfig
 from osm_lightning.model.lora import is_adapter
@@ -118,6 +119,29 @@ def test_resuming_wants_the_adapters(without: tuple[OSMTask, Path], tmp_path: Pa
         task.on_load_checkpoint(torch.load(without[1], weights_only=True))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_have_the_losses_of_others(recompute: bool, tmp_path: Path) -> None:
+    language = {**STILL, "recompute_activations": recompute}
+    wanted = work(Job(tmp_path, steps=6, language=STILL))["losses"]
+    found = work(Job(tmp_path, steps=6, language=language, task={"compile_blocks": True}))["losses"]
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    torch._dynamo.reset()
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_adapters_drop_and_a_resumed_fit_drops_the_same(tmp_path: Path) -> None:
+    task = {"compile_blocks": True}
+    settings: dict[str, Any] = {"steps": 6, "language": {**LORA, "recompute_activations": True}, "task": task}
+    whole_run = work(Job(tmp_path, save="last.ckpt", **settings))
+    resumed = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **settings))
+    undropped = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **{**settings, "language": STILL}))
+    torch._dynamo.reset()
+    assert resumed["losses"] == whole_run["losses"][3:]
+    assert undropped["losses"] != resumed["losses"]
+
+
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
@@ -154,13 +178,23 @@ def test_two_processes_resume_bit_for_bit(strategy: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("strategy", EVERY)
 def test_two_processes_take_the_adapters_of_a_checkpoint_over(strategy: str, tmp_path: Path) -> None:
     """Which are shared out with their block before anything is read."""
-    work(Job(tmp_path, steps=6, save="last.ckpt", language=LORA))
-    settings: dict[str, Any] = {"weights": str(tmp_path / "last.ckpt"), "steps": 1, "language": STILL}
-    (one,) = run(Job(tmp_path / "one", union_of=2, **settings))
-    ranks = run(Job(tmp_path / "many", strategy, ranks=2, **settings))
-    assert [rank["losses"][0] for rank in ranks] == pytest.approx(one["losses"], abs=LOSS_ATOL)
-    (fresh,) = run(Job(tmp_path / "one", union_of=2, **{**settings, "weights": None}))
-    assert abs(fresh["losses"][0] - one["losses"][0]) > 100 * LOSS_ATOL
+    task = build(lora_task(STILL["lora"]), tmp_path)
+    bare, adapted = tmp_path / "bare.ckpt", tmp_path / "adapted.ckpt"
+    with torch.no_grad():
+        for name, parameter in task.osm.trained():
+            if is_adapter(name):
+                parameter.normal_()
+    content = torch.load(save(task, adapted), weights_only=True)
+    content["state_dict"] = {name: tensor for name, tensor in content["state_dict"].items() if not is_adapter(name)}
+    torch.save(content, bare)
+
+    def first_losses(path: Path, **settings: Any) -> list[float]:
+        (one, *others) = run(Job(tmp_path / "fit", weights=str(path), steps=1, language=STILL, **settings))
+        return [*one["losses"], *(rank["losses"][0] for rank in others)]
+
+    wanted = first_losses(adapted, union_of=2)
+    assert first_losses(adapted, strategy=strategy, ranks=2) == pytest.approx(wanted, abs=LOSS_ATOL)
+    assert abs(first_losses(bare, union_of=2)[0] - wanted[0]) > 100 * LOSS_ATOL, "the adapters are not felt"
 
 
 @pytest.mark.cluster
