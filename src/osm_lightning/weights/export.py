@@ -81,8 +81,8 @@ The trained parts of an OSM model, which names whatever is inside a segmentation
 
 ## Frozen parts
 
-{_whereabouts(model)} with exactly those it was made with; the identity (also in `frozen.json`) is
-compared when it is loaded.
+{_whereabouts(model)}
+exactly those it was made with; the identity (also in `frozen.json`) is compared when it is loaded.
 
 | part | weights | identity |
 |---|---|---|
@@ -121,8 +121,8 @@ def _adapters(model: dict[str, Any]) -> str:
 def _whereabouts(model: dict[str, Any]) -> str:
     """Which frozen parts the folder holds, and half a sentence more."""
     if str(model["language"]["name"]).startswith(OWN):
-        return "The LLM is in this folder, with the adapters folded in; the vision tower is not. The folder works"
-    return "They are not in this folder, which works"
+        return "The LLM is in this folder, with the adapters folded in; the vision tower is not. It works with"
+    return "They are not in this folder, which works with"
 
 
 def scores_of(path: Path) -> str:
