@@ -185,7 +185,7 @@ class LanguageConfig:
     """Groups of like length that the texts of a training batch go through the LLM in, one after the other. More waste
     less on padding: a sixth of the LLM's work on a CPU. A GPU is better served by one."""
     recompute_activations: bool = False
-    """Keep no activations of the LLM's blocks between forward and backward, but compute them again: less memory, and a
-    third more work of the LLM."""
+    """Keep no activations of the LLM's blocks between forward and backward, but compute them again: less memory, for
+    up to half as much work of the LLM again."""
     lora: LoraConfig | None = None
     """Adapters in its blocks, which are then trained beside the mask side. None: it stays as it is."""
