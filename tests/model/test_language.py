@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -116,34 +114,3 @@ def test_a_folder_that_lacks_a_layer_is_refused_and_not_filled_with_random_numbe
         (tmp_path / "config.json").write_text(json.dumps({**content, "num_hidden_layers": layers}))
         with pytest.raises(ValueError, match=rf"^language\.name is '{tmp_path}'.*{reason}"):
             LanguageModel(LanguageConfig(name=str(tmp_path)))
-
-
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_quantising_without_bitsandbytes_says_what_to_install(bits: Any) -> None:
-    with pytest.raises(ValueError, match=rf"language\.quantize is {bits}, but .*pip install bitsandbytes.*CUDA"):
-        LanguageModel(LanguageConfig(name="weights/nothing-here", quantize=bits))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="needs CUDA, bitsandbytes"
-)
-@pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_quantised_llm_is_close_to_its_source_has_its_identity_and_lets_gradients_through(
-    tmp_path: Path, bits: Any
-) -> None:
-    torch.manual_seed(0)
-    sizes = {**ARCHITECTURE, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.1}
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    exact = LanguageModel(LanguageConfig(name=str(tmp_path), dtype="float32")).cuda()
-    rough = LanguageModel(LanguageConfig(name=str(tmp_path), dtype="bfloat16", quantize=bits)).cuda()
-    assert rough.identity == exact.identity
-    inputs = torch.randn(2, 5, 128, device="cuda", requires_grad=True)
-    hidden = rough.hidden(inputs)
-    assert torch.cosine_similarity(hidden.float(), exact.hidden(inputs), dim=-1).min() > 0.9
-    hidden.float().square().sum().backward()
-    assert inputs.grad is not None
-    assert inputs.grad.isfinite().all()
-    assert inputs.grad.ne(0).any()
-    assert not any(parameter.requires_grad for parameter in rough.parameters())

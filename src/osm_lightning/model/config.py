@@ -180,7 +180,7 @@ class LanguageConfig:
     dtype: Precision = "bfloat16"
     """Precision of the frozen weights."""
     quantize: Literal["8bit", "4bit"] | None = None
-    """Hold the weights in 8 or 4 bits by bitsandbytes, on a CUDA device; they are computed with in `dtype`."""
+    """Hold the weights of its blocks in 8 or 4 bits by bitsandbytes; they are computed with in `dtype`."""
     length_groups: int = 1
     """Groups of like length that the texts of a training batch go through the LLM in, one after the other. More waste
     less on padding: a sixth of the LLM's work on a CPU. A GPU is better served by one."""

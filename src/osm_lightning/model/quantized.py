@@ -1,7 +1,8 @@
-"""The LLM in 8 or 4 bits, by bitsandbytes and on CUDA: refused with a reason where either is missing."""
+"""The LLM in 8 or 4 bits, by bitsandbytes."""
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,9 +22,7 @@ def check_quantization(config: LanguageConfig, sharded: bool) -> None:
     """
     reason = None
     if find_spec("bitsandbytes") is None:
-        reason = "the package bitsandbytes is not installed: `pip install bitsandbytes`, and run on a CUDA device"
-    elif not torch.cuda.is_available():
-        reason = "there is no CUDA device here, and bitsandbytes needs one"
+        reason = "the package bitsandbytes is not installed: `pip install 'osm_lightning[quantize]'`"
     elif config.architecture is not None:
         reason = "language.architecture asks for random weights: give language.name"
     elif is_instructblip(config.name):
@@ -37,8 +36,11 @@ def check_quantization(config: LanguageConfig, sharded: bool) -> None:
 
 
 def load_quantized(config: LanguageConfig) -> Any:
-    """The LLM on the current CUDA device; its projection to the vocabulary stays in `dtype`."""
+    """The LLM on the current CUDA device, or on the CPU; its embeddings and its vocabulary's projection in `dtype`."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    # It says of every product that 8 bits are made of float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
     dtype = torch_dtype(config.dtype)
     bits = (
@@ -49,6 +51,6 @@ def load_quantized(config: LanguageConfig) -> Any:
     options: dict[str, Any] = {
         "dtype": dtype,
         "quantization_config": bits,
-        "device_map": {"": torch.cuda.current_device()},
+        "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     }
     return load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM", **options)[0]
