@@ -20,6 +20,12 @@ pytestmark = pytest.mark.cluster
 
 STRATEGIES = ("ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp2")
 STEPS = 6
+LORA = [
+    "--model.language.lora",
+    "{rank: 8}",
+    "--model.qformer.lora",
+    "{rank: 8, targets: [query, key, value, output, inner]}",
+]
 NUM_PHOTOS = 5
 """Odd, so that one of two ranks has nothing to name in the last round."""
 
@@ -68,11 +74,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--images", str(folder / "images"), "--masks", str(folder / "masks"), "--modes", "agnostic,shapes"]
 
 
-@pytest.fixture(scope="module")
-def alone(shapes: Path, photos: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, long enough that names say what is in the mask, and what it names."""
+@pytest.fixture(scope="module", params=["plain", "adapted"])
+def alone(
+    request: pytest.FixtureRequest, shapes: Path, photos: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of one process, long enough that names say what is in the mask, and what it names; also with adapters."""
     folder = tmp_path_factory.mktemp("alone")
-    osm("fit", *settings(shapes), "--run", folder)
+    adapters = LORA if request.param == "adapted" else []
+    osm("fit", *settings(shapes), *adapters, "--run", folder)
     osm("predict", "--ckpt", folder / "checkpoints" / "last.ckpt", *photos, "--out", folder / "named")
     assert all(row["acc"] > 0.8 for row in scores(folder)), "it has learnt too little to tell names apart"
     return folder

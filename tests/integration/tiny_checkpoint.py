@@ -5,8 +5,10 @@ Its frozen parts are random, drawn from the seed that its config carries, so tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,20 +25,20 @@ ROOT = Path(__file__).parents[2]
 MODES = ("agnostic", "coco", "mine")
 
 
-def write_checkpoint(folder: Path, **language: Any) -> Path:
+def write_checkpoint(folder: Path, qformer: Mapping[str, Any] = MappingProxyType({}), **language: Any) -> Path:
     """Writes `folder/last.ckpt`; its tokenizers are folders beside it."""
     tiny = yaml.safe_load((ROOT / "configs" / "model" / "tiny.yaml").read_text(encoding="utf-8"))["model"]
     for name, size in (("llm", 512), ("bert", 300)):
         builtin_tokenizer(size).save_pretrained(folder / name)
-    tiny["qformer"]["instruction_tokenizer"] = str(folder / "bert")
+    tiny["qformer"] |= {"instruction_tokenizer": str(folder / "bert"), **qformer}
     tiny["language"] = {**tiny["language"], "tokenizer": str(folder / "llm"), **language}
     parts = VisionConfig(**tiny["vision"]), QFormerConfig(**tiny["qformer"]), LanguageConfig(**tiny["language"])
     # With the defaults that the run's own config would spell out.
-    vision, qformer, llm = map(asdict, parts)
+    vision, bridge, llm = map(asdict, parts)
     config = {
         "seed_everything": 3,
         "trainer": {"precision": "32-true"},
-        "model": {"vision": vision, "qformer": qformer, "language": llm, "modes": list(MODES[1:]), "max_new_tokens": 6},
+        "model": {"vision": vision, "qformer": bridge, "language": llm, "modes": list(MODES[1:]), "max_new_tokens": 6},
         "data": {"sources": {}, "num_workers": 0},
     }
     torch.manual_seed(3)
@@ -51,7 +53,7 @@ def write_checkpoint(folder: Path, **language: Any) -> Path:
             if is_adapter(name):
                 parameter.normal_(std=0.1)  # as if they were trained
     path = folder / "last.ckpt"
-    state = {PREFIX + name: parameter.detach() for name, parameter in model.trained()}
+    state = {PREFIX + name: parameter.detach() for name, parameter in model.kept()}
     ours = {"config": yaml.safe_dump(config), "frozen": model.frozen_identity()}
     torch.save({"state_dict": state, CONTENT_KEY: ours}, path)
     return path

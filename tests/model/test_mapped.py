@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-from osm_lightning.model.frozen import fingerprint, place
+from osm_lightning.model.frozen import fingerprint, freeze, place
 from osm_lightning.model.mapped import give_back, read_file, read_folder
 
 FIRST = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
@@ -145,7 +145,7 @@ class Two(nn.Module):
 
 
 def test_placing_converts_what_was_loaded_and_leaves_what_was_computed() -> None:
-    model = Two()
+    model = freeze(Two())
     identity = fingerprint(model)
     seen: list[nn.Module] = []
     assert place(model, model.blocks, torch.bfloat16, seen.append) == identity
@@ -160,7 +160,7 @@ def test_placing_converts_what_was_loaded_and_leaves_what_was_computed() -> None
 def test_a_computed_bias_goes_along_with_the_weights_that_it_is_added_to() -> None:
     """timm's EVA, of which EVA01-g-14 is one: its keys have a bias of zeros that is no weight."""
     torch.manual_seed(0)
-    model = Eva(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0).eval()
+    model = freeze(Eva(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0))
     pixels = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         exact = model(pixels)

@@ -8,7 +8,7 @@ import pickle
 import socket
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Job:
     """Keep the accumulated gradient after every batch."""
     task: dict[str, Any] = field(default_factory=dict)
     language: dict[str, Any] = field(default_factory=dict)
+    qformer: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -122,9 +123,8 @@ def work(job: Job) -> dict[str, Any]:
     record = Record(job)
     task = tiny_task(**{"optim": OptimConfig(lr=2e-3, warmup_steps=4), "weights": job.weights, **job.task})
     task.config_text = CONFIG
-    task.qformer.dropout = job.dropout
-    for name, value in job.language.items():
-        setattr(task.language, name, value)
+    task.language = replace(task.language, **job.language)
+    task.qformer = replace(task.qformer, **{"dropout": job.dropout, **job.qformer})
     width = job.ranks * job.union_of * job.accumulate
     data = scenes_data(task, steps=max(1, job.steps) * width, quota=4, masks_per_image=2, **job.data)
     if job.union_of > 1:

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import Job, Record, run, work
+import torch.nn.functional as F
+from engines import Job, run, work
 from tiny_training import build, scenes_data, tiny_task, trainer
 from torch._dynamo.utils import counters
 
 from osm_lightning.model.config import LoraConfig
-from osm_lightning.model.lora import is_adapter
+from osm_lightning.model.lora import is_adapter, plain_name
 from osm_lightning.training.optim import OptimConfig
 from osm_lightning.training.task import OSMTask
 from osm_lightning.weights.checkpoint import PREFIX, read_checkpoint
 
-LORA = {"lora": LoraConfig(rank=4, dropout=0.2)}
-STILL = {"lora": LoraConfig(rank=4, dropout=0.0)}
+ON_LLM = LoraConfig(rank=4, dropout=0.2)
+ON_QFORMER = LoraConfig(rank=4, targets=["query", "value"], dropout=0.2)
+PARTS: dict[str, Any] = {"language": {"lora": ON_LLM}, "qformer": {"lora": ON_QFORMER}}
+"""Adapters on both parts, and their dropout."""
+STILL: dict[str, Any] = {part: {"lora": replace(of["lora"], dropout=0.0)} for part, of in PARTS.items()}
+"""Without dropout."""
+ON = {"language": {"language": STILL["language"]}, "both": STILL}
+WHERE = [(ON_LLM, None, 8), (None, ON_QFORMER, 16), (ON_LLM, ON_QFORMER, 24)]
+"""Adapters of the LLM, of the Q-Former, and how many tensors they are."""
 LOSS_ATOL = 1e-3
 """As in test_strategies: of losses near 7."""
 EVERY = ["ddp", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "fsdp2"]
 
 
-def lora_task(lora: LoraConfig | None = LORA["lora"], **settings: Any) -> OSMTask:
+def lora_task(language: LoraConfig | None = ON_LLM, qformer: LoraConfig | None = None, **settings: Any) -> OSMTask:
     torch.manual_seed(0)
     task = tiny_task(**{"optim": OptimConfig(lr=1e-2, warmup_steps=1), **settings})
-    task.language.lora = lora
+    task.language.lora, task.qformer.lora = language, qformer
     return task
 
 
@@ -48,68 +57,106 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[OSMTask, Path]:
     return task, save(task, folder / "run.ckpt")
 
 
-def test_adapters_learn_with_the_mask_side_and_the_llm_stays_bit_for_bit(tmp_path: Path) -> None:
-    task = build(lora_task(), tmp_path)
+@pytest.mark.parametrize(("language", "qformer", "num_adapters"), WHERE, ids=["language", "qformer", "both"])
+def test_adapters_are_trained_and_what_they_are_beside_stays_bit_for_bit(
+    language: LoraConfig | None, qformer: LoraConfig | None, num_adapters: int, tmp_path: Path
+) -> None:
+    task = build(lora_task(language, qformer), tmp_path)
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
-    record = Record(Job(tmp_path))
-    loop = trainer(tmp_path, callbacks=[record])
-    loop.fit(task, scenes_data(task, steps=30))
-    first, last = record.losses[:5], record.losses[-5:]
-    assert sum(last) < 0.9 * sum(first), (first, last)
+    loop = trainer(tmp_path)
+    loop.fit(task, scenes_data(task, steps=4))
     trained = {PREFIX + name for name, _ in task.osm.trained()}
     moved = {name for name, tensor in task.state_dict().items() if not torch.equal(tensor, before[name])}
     adapters = {name for name in trained if is_adapter(name)}
-    assert len(adapters) == 2 * 2 * 2, "layers, targets, sides"
+    assert len(adapters) == num_adapters
     assert adapters <= moved <= trained
+    of_qformer = {name for name in before if name.startswith("osm.qformer.") and not is_adapter(name)}
+    queries = {"osm.qformer.mask_query_QD", "osm.qformer.context_query_QD"}
+    assert of_qformer & trained == (queries if qformer else of_qformer)
     loop.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
-    assert saved.keys() == trained
-    assert "osm.language.llm.model.layers.0.self_attn.q_proj.lora_A.default.weight" in saved
+    assert saved.keys() == trained | of_qformer, "a checkpoint holds all of the mask side"
+    assert not any("llm." in name for name in saved if not is_adapter(name))
 
 
-def test_a_resumed_fit_is_that_of_no_interruption_bit_for_bit(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 6, "dropout": 0.1, "language": LORA}
+@pytest.mark.parametrize(("language", "qformer", "num_adapters"), WHERE, ids=["language", "qformer", "both"])
+def test_adapters_alone_learn_the_names_of_a_batch_by_heart(
+    language: LoraConfig | None, qformer: LoraConfig | None, num_adapters: int, tmp_path: Path
+) -> None:
+    del num_adapters
+    task = build(lora_task(language, qformer), tmp_path)
+    osm, batch = task.osm.eval(), next(iter(scenes_data(task).train_dataloader()))
+    optimizer = torch.optim.AdamW([parameter for name, parameter in osm.trained() if is_adapter(name)], lr=1e-2)
+    losses = []
+    for _ in range(100):
+        answers = osm(batch)
+        losses.append(F.cross_entropy(answers.logits_PV, answers.target_P))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0], (losses[0], losses[-1])
+
+
+@pytest.mark.parametrize("still", ["language", "qformer"])
+def test_a_resumed_fit_is_that_of_no_interruption_bit_for_bit(still: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"steps": 6, "dropout": 0.1, **PARTS}
     whole_run = work(Job(tmp_path, save="last.ckpt", **settings))
     resumed = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **settings))
     assert resumed["losses"] == whole_run["losses"][3:]
-    undropped = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **{**settings, "language": STILL}))
+    undropped = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **{**settings, still: STILL[still]}))
     assert undropped["losses"] != resumed["losses"], "the adapters' dropout is not felt"
 
 
-def test_a_checkpoint_without_adapters_starts_them_anew(without: tuple[OSMTask, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("language", "qformer", "num_adapters"), WHERE, ids=["language", "qformer", "both"])
+def test_a_checkpoint_without_adapters_starts_them_anew(
+    without: tuple[OSMTask, Path],
+    language: LoraConfig | None,
+    qformer: LoraConfig | None,
+    num_adapters: int,
+    tmp_path: Path,
+) -> None:
     old, path = without
-    with pytest.warns(UserWarning, match="the checkpoint has no LoRA adapters: they start anew, without effect"):
-        task = build(lora_task(weights=str(path)), tmp_path)
+    with pytest.warns(UserWarning, match="the checkpoint has no LoRA adapters of the .* start anew, without effect"):
+        task = build(lora_task(language, qformer, weights=str(path)), tmp_path)
     assert task.osm.frozen_identity() == old.osm.frozen_identity()
     (loader,) = scenes_data(old).val_dataloader()
     batch = next(iter(loader))
     made = [one.eval().predict_step(batch, 0) for one in (old, task)]
     assert made[0]
     assert made[0] == made[1]
+    assert sum(is_adapter(name) for name, _ in task.osm.trained()) == num_adapters
+    held = {plain_name(name): parameter for name, parameter in task.osm.kept()}
     for name, parameter in old.osm.trained():
-        assert torch.equal(task.osm.get_parameter(name), parameter), name
+        assert torch.equal(held[name], parameter), name
 
 
 def test_adapters_of_a_checkpoint_are_all_taken_over_or_none(without: tuple[OSMTask, Path], tmp_path: Path) -> None:
-    task = build(lora_task(), tmp_path)
-    with torch.no_grad():
-        for name, parameter in task.osm.trained():
-            if is_adapter(name):
-                parameter.normal_()
+    task = with_felt_adapters(build(lora_task(ON_LLM, ON_QFORMER), tmp_path))
     path = save(task, tmp_path / "adapted.ckpt")
-    other = build(lora_task(weights=str(path)), tmp_path)
-    for name, parameter in task.osm.trained():
+    other = build(lora_task(ON_LLM, ON_QFORMER, weights=str(path)), tmp_path)
+    for name, parameter in task.osm.kept():
         assert torch.equal(other.osm.get_parameter(name), parameter), name
     with pytest.raises(ValueError, match=r"of another model \(8 unexpected: language\.llm\."):
-        build(lora_task(None, weights=str(path)), tmp_path)
+        build(lora_task(None, ON_QFORMER, weights=str(path)), tmp_path)
+    with pytest.raises(ValueError, match=r"of another model \(.*unexpected: qformer\.layers\."):
+        build(lora_task(ON_LLM, None, weights=str(path)), tmp_path)
     with pytest.raises(ValueError, match=r"of another model \(8 of another shape"):
-        build(lora_task(LoraConfig(rank=2), weights=str(path)), tmp_path)
+        build(lora_task(replace(ON_LLM, rank=2), ON_QFORMER, weights=str(path)), tmp_path)
     content = torch.load(path, weights_only=True)
-    lost = next(name for name in content["state_dict"] if is_adapter(name))
+    lost = next(name for name in content["state_dict"] if is_adapter(name) and "llm." in name)
     del content["state_dict"][lost]
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"of another model \(1 missing: language\.llm\."):
-        build(lora_task(weights=str(path)), tmp_path)
+        build(lora_task(ON_LLM, ON_QFORMER, weights=str(path)), tmp_path)
+
+
+@torch.no_grad()
+def with_felt_adapters(task: OSMTask) -> OSMTask:
+    """Adapters as if they were trained."""
+    for name, parameter in task.osm.trained():
+        if is_adapter(name):
+            parameter.normal_()
+    return task
 
 
 def test_resuming_wants_the_adapters(without: tuple[OSMTask, Path], tmp_path: Path) -> None:
@@ -122,9 +169,9 @@ def test_resuming_wants_the_adapters(without: tuple[OSMTask, Path], tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_blocks_have_the_losses_of_others(recompute: bool, tmp_path: Path) -> None:
-    language = {**STILL, "recompute_activations": recompute}
-    wanted = work(Job(tmp_path, steps=6, language=STILL))["losses"]
-    found = work(Job(tmp_path, steps=6, language=language, task={"compile_blocks": True}))["losses"]
+    compiled = {**STILL, "language": {**STILL["language"], "recompute_activations": recompute}}
+    wanted = work(Job(tmp_path, steps=6, **STILL))["losses"]
+    found = work(Job(tmp_path, steps=6, **compiled, task={"compile_blocks": True}))["losses"]
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
     torch._dynamo.reset()
     assert found == pytest.approx(wanted, abs=1e-4)
@@ -133,10 +180,11 @@ def test_compiled_blocks_have_the_losses_of_others(recompute: bool, tmp_path: Pa
 @pytest.mark.slow
 def test_compiled_adapters_drop_and_a_resumed_fit_drops_the_same(tmp_path: Path) -> None:
     task = {"compile_blocks": True}
-    settings: dict[str, Any] = {"steps": 6, "language": {**LORA, "recompute_activations": True}, "task": task}
+    language = {**PARTS["language"], "recompute_activations": True}
+    settings: dict[str, Any] = {"steps": 6, **PARTS, "language": language, "task": task}
     whole_run = work(Job(tmp_path, save="last.ckpt", **settings))
     resumed = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **settings))
-    undropped = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **{**settings, "language": STILL}))
+    undropped = work(Job(tmp_path, ckpt=str(tmp_path / "last.ckpt"), **{**settings, **STILL}))
     torch._dynamo.reset()
     assert resumed["losses"] == whole_run["losses"][3:]
     assert undropped["losses"] != resumed["losses"]
@@ -145,51 +193,63 @@ def test_compiled_adapters_drop_and_a_resumed_fit_drops_the_same(tmp_path: Path)
 # Two processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
-    """Losses of one process that trains on both processes' batches."""
-    (one,) = run(Job(tmp_path_factory.mktemp("alone"), steps=10, union_of=2, language=STILL))
-    return torch.tensor(one["losses"])
+@pytest.fixture(scope="module", params=list(ON))
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.Tensor]:
+    """Where adapters are, and the losses of one process that trains on both processes' batches."""
+    (one,) = run(Job(tmp_path_factory.mktemp("alone"), steps=10, union_of=2, **ON[request.param]))
+    return request.param, torch.tensor(one["losses"])
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("strategy", EVERY)
-def test_two_processes_have_the_losses_of_one(strategy: str, alone: torch.Tensor, tmp_path: Path) -> None:
-    ranks = run(Job(tmp_path, strategy, ranks=2, steps=10, language=STILL))
+def test_two_processes_have_the_losses_of_one(strategy: str, alone: tuple[str, torch.Tensor], tmp_path: Path) -> None:
+    where, wanted = alone
+    ranks = run(Job(tmp_path, strategy, ranks=2, steps=10, **ON[where]))
     losses = torch.tensor([rank["losses"] for rank in ranks]).T.flatten()
-    assert (losses - alone).abs().max() < LOSS_ATOL
+    assert (losses - wanted).abs().max() < LOSS_ATOL
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("strategy", EVERY)
 def test_two_processes_resume_bit_for_bit(strategy: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "steps": 6, "dropout": 0.1, "language": LORA}
+    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "steps": 6, "dropout": 0.1, **PARTS}
     path = str(tmp_path / "last.ckpt")
     whole_run = run(Job(tmp_path, save="last.ckpt", **settings))
     resumed = run(Job(tmp_path, ckpt=path, **settings))
     for before, after in zip(whole_run, resumed, strict=True):
         assert after["losses"] == before["losses"][3:]
-    adapters = {name: tensor for name, tensor in read_checkpoint(path).tensors.items() if is_adapter(name)}
-    assert len(adapters) == 8
+    kept = read_checkpoint(path).tensors
+    adapters = {name: tensor for name, tensor in kept.items() if is_adapter(name)}
+    assert len(adapters) == 24
     assert all(tensor.ne(0).any() for tensor in adapters.values())
+    # What nobody trains of the Q-Former is as it was drawn, and whole.
+    drawn = dict(build(lora_task(ON_LLM, ON_QFORMER), tmp_path).osm.kept())
+    assert kept.keys() == drawn.keys()
+    untrained = {name for name, parameter in drawn.items() if not parameter.requires_grad}
+    assert any("base_layer" in name for name in untrained)
+    for name in untrained:
+        assert torch.equal(kept[name], drawn[name]), name
+    for reader in {"auto", "fsdp2", "deepspeed_zero3"} - {strategy}:
+        data = {"resume_approximately": True}
+        here = {"strategy": reader, "ranks": 1 if reader == "auto" else 2, "data": data}
+        (opened, *_) = run(Job(tmp_path, ckpt=path, **{**settings, **here}))
+        assert len(opened["losses"]) == 3
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("strategy", EVERY)
 def test_two_processes_take_the_adapters_of_a_checkpoint_over(strategy: str, tmp_path: Path) -> None:
     """Which are shared out with their block before anything is read."""
-    task = build(lora_task(STILL["lora"]), tmp_path)
+    task = with_felt_adapters(build(lora_task(STILL["language"]["lora"], STILL["qformer"]["lora"]), tmp_path))
     bare, adapted = tmp_path / "bare.ckpt", tmp_path / "adapted.ckpt"
-    with torch.no_grad():
-        for name, parameter in task.osm.trained():
-            if is_adapter(name):
-                parameter.normal_()
     content = torch.load(save(task, adapted), weights_only=True)
-    content["state_dict"] = {name: tensor for name, tensor in content["state_dict"].items() if not is_adapter(name)}
+    content["state_dict"] = {
+        plain_name(name): tensor for name, tensor in content["state_dict"].items() if not is_adapter(name)
+    }
     torch.save(content, bare)
 
     def first_losses(path: Path, **settings: Any) -> list[float]:
-        (one, *others) = run(Job(tmp_path / "fit", weights=str(path), steps=1, language=STILL, **settings))
+        (one, *others) = run(Job(tmp_path / "fit", weights=str(path), steps=1, **STILL, **settings))
         return [*one["losses"], *(rank["losses"][0] for rank in others)]
 
     wanted = first_losses(adapted, union_of=2)
@@ -200,9 +260,9 @@ def test_two_processes_take_the_adapters_of_a_checkpoint_over(strategy: str, tmp
 @pytest.mark.cluster
 @pytest.mark.parametrize("strategy", EVERY)
 def test_two_processes_compute_adapted_blocks_again(strategy: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "steps": 6}
+    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "steps": 6, **PARTS}
     plain, again = (
-        run(Job(tmp_path, language={**LORA, "recompute_activations": recompute}, **settings))
+        run(Job(tmp_path, **{**settings, "language": {**PARTS["language"], "recompute_activations": recompute}}))
         for recompute in (False, True)
     )
     for one, other in zip(plain, again, strict=True):

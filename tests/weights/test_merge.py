@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from osm_lightning import OSM, NamedMask
 from osm_lightning.commands import weights
 from osm_lightning.model.config import LoraConfig
-from osm_lightning.model.lora import is_adapter
+from osm_lightning.model.lora import is_adapter, plain_name
 from osm_lightning.weights import own_tokenizers
 from osm_lightning.weights.checkpoint import read_checkpoint
 
 SAME = 1e-4
 """How near log probabilities are: set before any was measured."""
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.1)
+OF_QFORMER = LoraConfig(rank=2, alpha=8.0, targets=["query", "key", "value", "output", "inner"])
 
 
 def merge(ckpt: Path, out: Path) -> None:
@@ -46,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with adapters, and the folder that was merged of it and moved, beside nothing else of the run."""
     folder = tmp_path_factory.mktemp("merge")
     (folder / "run").mkdir()
-    ckpt = write_checkpoint(folder / "run", lora=LORA)
+    ckpt = write_checkpoint(folder / "run", qformer={"lora": OF_QFORMER}, lora=LORA)
     merge(ckpt, folder / "merged")
     return ckpt, (folder / "merged").rename(folder / "moved")
 
@@ -58,17 +59,25 @@ def test_merged_names_and_probabilities_are_those_of_the_adapted_model(made: tup
             assert other.answers[mode].token_ids == one.answers[mode].token_ids
             assert other.answers[mode].name == one.answers[mode].name
             assert other.answers[mode].logprob == pytest.approx(one.answers[mode].logprob, abs=SAME)
-    # What would be said without adapters: else the above shows nothing.
-    ckpt = made[0].with_name("without.ckpt")
+
+
+@pytest.mark.parametrize("part", ["language", "qformer"])
+def test_the_adapters_of_either_part_are_felt(made: tuple[Path, Path], part: str) -> None:
+    """Else the above shows nothing."""
     content = torch.load(made[0], weights_only=True)
-    content["state_dict"] = {name: t for name, t in content["state_dict"].items() if not is_adapter(name)}
+    content["state_dict"] = {
+        name if ".llm." in name else (name if part == "language" else plain_name(name)): tensor
+        for name, tensor in content["state_dict"].items()
+        if not (is_adapter(name) and name.startswith(f"osm.{part}."))
+    }
     config = yaml.safe_load(content["osm"]["config"])
-    config["model"]["language"]["lora"] = None
+    config["model"][part]["lora"] = None
     content["osm"]["config"] = yaml.safe_dump(config)
+    ckpt = made[0].with_name(f"without-{part}.ckpt")
     torch.save(content, ckpt)
     gaps = [
         abs(one.answers[mode].logprob - other.answers[mode].logprob)
-        for one, other in zip(wanted, named(ckpt), strict=True)
+        for one, other in zip(named(made[0]), named(ckpt), strict=True)
         for mode in MODES
     ]
     assert max(gaps) > 100 * SAME
@@ -76,13 +85,16 @@ def test_merged_names_and_probabilities_are_those_of_the_adapted_model(made: tup
 
 def test_it_holds_the_llm_and_what_was_trained_beside_it(made: tuple[Path, Path]) -> None:
     before, after = map(read_checkpoint, made)
-    assert after.tensors.keys() == {name for name in before.tensors if not is_adapter(name)} != before.tensors.keys()
-    for name, tensor in after.tensors.items():
-        assert torch.equal(tensor, before.tensors[name]), name
+    wanted = {plain_name(name): tensor for name, tensor in before.tensors.items() if not is_adapter(name)}
+    assert after.tensors.keys() == wanted.keys() != before.tensors.keys()
+    changed = {name for name, tensor in after.tensors.items() if not torch.equal(tensor, wanted[name])}
+    besides = {plain_name(name) for name in before.tensors if name.endswith(".base_layer.weight")}
+    assert changed == besides
     assert after.frozen["vision"] == before.frozen["vision"]
     assert after.frozen["language"] != before.frozen["language"]
-    language = yaml.safe_load(after.config)["model"]["language"]
-    assert (language["name"], language["lora"]) == (str(made[1] / "language"), None)
+    model = yaml.safe_load(after.config)["model"]
+    assert model["language"]["name"] == str(made[1] / "language")
+    assert model["language"]["lora"] is model["qformer"]["lora"] is None
     assert "own:language" in (made[1] / "config.yaml").read_text()
     card = (made[1] / "README.md").read_text()
     assert "The LLM is in this folder, with the adapters folded in" in card
@@ -112,6 +124,23 @@ def test_an_llm_of_a_folder_with_tied_embeddings_is_left_as_it_was(tmp_path: Pat
     assert loaded.dtype == getattr(torch, dtype)
 
 
+def test_where_the_q_former_alone_has_adapters_the_llm_stays_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    ckpt = write_checkpoint(tmp_path / "run", qformer={"lora": OF_QFORMER})
+    merge(ckpt, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "language" / "config.json").exists()
+    assert read_checkpoint(tmp_path / "merged").frozen == read_checkpoint(ckpt).frozen
+    for one, other in zip(named(ckpt), named(tmp_path / "merged"), strict=True):
+        for mode in MODES:
+            assert other.answers[mode].token_ids == one.answers[mode].token_ids
+            assert other.answers[mode].logprob == pytest.approx(one.answers[mode].logprob, abs=SAME)
+    # And the plain folder is what a Q-Former without adapters is opened with, and what one with new ones begins from.
+    settings = {"model.qformer.lora": {"rank": 2, "targets": ["query"]}}
+    with pytest.warns(UserWarning, match="no LoRA adapters of the qformer part"):
+        again = OSM.from_pretrained(tmp_path / "merged", device="cpu", settings=settings)
+    assert again.model.qformer.config.lora is not None
+
+
 def test_what_cannot_be_merged_is_said_and_nothing_is_left(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +161,6 @@ def test_the_released_format_has_no_place_for_adapters(made: tuple[Path, Path], 
 
 def test_an_exported_checkpoint_keeps_its_adapters(made: tuple[Path, Path], tmp_path: Path) -> None:
     assert weights.main(["export", "--ckpt", str(made[0]), "--out", str(tmp_path / "out")]) == 0
-    assert "| LoRA | rank 4 beside the LLM's q_proj, v_proj;" in (tmp_path / "out" / "README.md").read_text()
+    assert "| LoRA | rank 4 beside the LLM's q_proj, v_proj; folded" in (tmp_path / "out" / "README.md").read_text()
     for one, other in zip(named(made[0]), named(tmp_path / "out"), strict=True):
         assert other.answers == one.answers

@@ -73,6 +73,41 @@ class VisionConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters beside linear layers: what is trained of an otherwise frozen LLM or Q-Former."""
+
+    rank: int = 8
+    """Inner width of the adapters."""
+    alpha: float = 16.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    """Names of the linear layers, in every block, that get one. The defaults are those of Llama's family; the
+    Q-Former's are query, key, value, output and inner."""
+    dropout: float = 0.05
+    """Dropout of what an adapter reads, in training."""
+
+    def check(self, setting: str) -> None:
+        """Checks what can be checked without the layers.
+
+        Args:
+            setting: the config's name for it.
+
+        Raises:
+            ValueError: a value means nothing.
+        """
+        if self.rank < 1:
+            raise ValueError(
+                f"{setting}.rank is {self.rank}, but must be at least 1. For no adapters set {setting} to null."
+            )
+        if self.alpha <= 0:
+            raise ValueError(f"{setting}.alpha is {self.alpha}, but must be above 0, or adapters would add nothing.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{setting}.dropout is {self.dropout}, but must be at least 0 and below 1.")
+        if not self.targets:
+            raise ValueError(f"{setting}.targets is empty. Name linear layers, or set {setting} to null.")
+
+
+@dataclass
 class QFormerConfig:
     """MaskQ-Former (Sec. 3.3). The defaults are InstructBLIP's Q-Former with mask and mode queries added."""
 
@@ -106,6 +141,8 @@ class QFormerConfig:
     """Dropout after embeddings, attention and feed-forward parts, and of attention weights."""
     layer_norm_eps: float = 1e-12
     """Epsilon of every LayerNorm."""
+    lora: LoraConfig | None = None
+    """Adapters in its layers, trained in their place; queries are trained as ever. None: all of it is trained."""
 
     @property
     def has_context(self) -> bool:
@@ -116,8 +153,10 @@ class QFormerConfig:
         """Checks what must divide what.
 
         Raises:
-            ValueError: a size does not fit another.
+            ValueError: a size does not fit another, or a value means nothing.
         """
+        if self.lora is not None:
+            self.lora.check("model.qformer.lora")
         for name in ("num_layers", "num_queries", "cross_attention_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"qformer.{name} is {getattr(self, name)}, but must be at least 1.")
@@ -128,40 +167,6 @@ class QFormerConfig:
                 f"qformer.context is {self.context!r}; give a share of at least 0 (0.5 in the paper), 'global' for the "
                 "whole image, or 'none' for no context queries."
             )
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adapters beside linear layers: what is trained of an otherwise frozen LLM."""
-
-    rank: int = 8
-    """Inner width of the adapters."""
-    alpha: float = 16.0
-    """What an adapter adds is multiplied by alpha / rank."""
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Names of the linear layers, in every block, that get one. The defaults are those of Llama's family."""
-    dropout: float = 0.05
-    """Dropout of what an adapter reads, in training."""
-
-    def check(self, setting: str) -> None:
-        """Checks what can be checked without the LLM.
-
-        Args:
-            setting: the config's name for it.
-
-        Raises:
-            ValueError: a value means nothing.
-        """
-        if self.rank < 1:
-            raise ValueError(
-                f"{setting}.rank is {self.rank}, but must be at least 1. For no adapters set {setting} to null."
-            )
-        if self.alpha <= 0:
-            raise ValueError(f"{setting}.alpha is {self.alpha}, but must be above 0, or adapters would add nothing.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{setting}.dropout is {self.dropout}, but must be at least 0 and below 1.")
-        if not self.targets:
-            raise ValueError(f"{setting}.targets is empty. Name linear layers, or set {setting} to null.")
 
 
 @dataclass

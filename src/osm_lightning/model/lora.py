@@ -2,8 +2,8 @@
 
 The layers are peft's. What is ours: they go into a block before it is shared out, they stay in float32 whatever the
 precision beside them, and their dropout follows the trainer where everything else in a frozen part stays in `eval`.
-A block's `q_proj` becomes `q_proj.base_layer`, `q_proj.lora_A.default` and `q_proj.lora_B.default`; the frozen part's
-identity is taken before.
+A block's `q_proj` becomes `q_proj.base_layer`, `q_proj.lora_A.default` and `q_proj.lora_B.default`; the LLM's identity
+is taken before.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ MARKS = (".lora_A.", ".lora_B.")
 def is_adapter(name: str) -> bool:
     """Whether a parameter's name is an adapter's."""
     return any(mark in name for mark in MARKS)
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name where no adapter stands beside it."""
+    return name.replace(".base_layer.", ".")
 
 
 def check_targets(blocks: Iterable[nn.Module], targets: Sequence[str], setting: str) -> None:

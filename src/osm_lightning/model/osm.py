@@ -177,9 +177,13 @@ class OSM(nn.Module):
         """Names and parameters of what is trained: position, queries, Q-Former, modes, projection, adapters."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and whole shapes of what is trained, also where this process holds a part; ZeRO-3 keeps them beside."""
-        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trained()}
+    def kept(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of what a checkpoint holds: what is trained, and all of a Q-Former beside adapters."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad or name.startswith("qformer."))
+
+    def kept_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and whole shapes of that, also where this process holds a part; ZeRO-3 keeps them beside."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.kept()}
 
     def frozen_identity(self) -> dict[str, str]:
         """Fingerprints of the frozen parts as loaded, so that a checkpoint can tell whether it meets the same ones."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osm_lightning.model.config import QFormerConfig
+from osm_lightning.model.lora import add_adapters, check_targets
 
 
 class KeysValues(NamedTuple):
@@ -185,6 +186,9 @@ class MaskQFormer(nn.Module):
         Args:
             config: sizes and switches.
             image_width: E.
+
+        Raises:
+            ValueError: sizes don't fit, or adapters are for layers that there are not.
         """
         super().__init__()
         config.check()
@@ -205,6 +209,14 @@ class MaskQFormer(nn.Module):
         nn.init.normal_(context_QD, std=0.02)
         self.mask_query_QD = nn.Parameter(context_QD.clone())
         self.context_query_QD = nn.Parameter(context_QD) if config.has_context else None
+        if config.lora is not None:
+            check_targets(self.layers, config.lora.targets, "model.qformer.lora")
+            for part in (self.layers, self.norm, self.instruction):
+                if part is not None:
+                    part.requires_grad_(False)
+            with torch.random.fork_rng(devices=[]):  # what is drawn after them is the same as without
+                for layer in self.layers:
+                    add_adapters(layer, config.lora)
 
     def image_keys_values(self, image_tokens_INE: Tensor) -> list[KeysValues | None]:
         """Keys and values of every layer that looks at the image: once per image, whatever the number of its masks."""

@@ -128,7 +128,7 @@ class SavesTogether(ParallelStrategy):
 
     def _marker(self, checkpoint: Mapping[str, Any]) -> Marker:
         osm, content = self._task.osm, checkpoint[CONTENT_KEY]
-        shapes = {f"{PREFIX}{name}": list(shape) for name, shape in osm.trained_shapes().items()}
+        shapes = {f"{PREFIX}{name}": list(shape) for name, shape in osm.kept_shapes().items()}
         groups = optimizer_groups(osm, self.optimizers[0]) if self.optimizers else []
         return Marker(
             type(self).__name__, self.world_size, checkpoint["global_step"], content["config"], content["frozen"],

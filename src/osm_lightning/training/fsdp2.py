@@ -68,9 +68,12 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
     # Checkpoints ----------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This process's parts of what is trained."""
+        """This process's parts of what a checkpoint holds."""
         options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
-        return get_model_state_dict(cast("nn.Module", self.model), options=options)
+        trained = get_model_state_dict(cast("nn.Module", self.model), options=options)
+        kept = cast("OSMTask", self.lightning_module).osm.kept()
+        beside = {PREFIX + name: value.detach().cpu() for name, value in kept if not value.requires_grad}
+        return {**trained, **beside}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """This process's parts of it, by name."""
@@ -94,9 +97,9 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
             torch.save(rest, folder / REST)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Gives every trained parameter this process's part of its value."""
+        """Gives every parameter that a checkpoint holds this process's part of its value."""
         with torch.no_grad():
-            for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
+            for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
                 self.fill(parameter, checkpoint["state_dict"][PREFIX + name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

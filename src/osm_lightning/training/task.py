@@ -121,9 +121,9 @@ class OSMTask(lightning.LightningModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what was trained, and adds the config and the identity of the frozen parts."""
-        trained = {PREFIX + name for name, _ in self.osm.trained()}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        """Leaves out the frozen parts, and adds the config and their identity."""
+        kept = {PREFIX + name for name, _ in self.osm.kept()}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         checkpoint[CONTENT_KEY] = {"config": self.config_text, "frozen": self.osm.frozen_identity()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from osm_lightning.model.osm import OSM
 from osm_lightning.training.engine_state import SavesTogether, saved_states, take_settings
 from osm_lightning.training.sharding import Collective, Sharding, leave_group
 from osm_lightning.weights.checkpoint import PREFIX
-from osm_lightning.weights.sharded import DEEPSPEED_TAG, REST
+from osm_lightning.weights.sharded import BESIDE, DEEPSPEED_TAG, REST
 
 if TYPE_CHECKING:
     from osm_lightning.training.task import OSMTask
@@ -142,16 +142,30 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
     def save_parts(self, checkpoint: dict[str, Any], folder: Path) -> None:
         """Has the engine write its files, with all that is no tensor of its own among them."""
         rest = {key: value for key, value in checkpoint.items() if key not in {"state_dict", "optimizer_states"}}
+        rest[BESIDE] = self._beside()
         self.deepspeed_engine.save_checkpoint(
             str(folder), client_state={REST: rest}, tag=DEEPSPEED_TAG, exclude_frozen_parameters=True
         )
 
+    def _beside(self) -> dict[str, Tensor]:
+        """Whole tensors that a checkpoint holds and nobody trains, of which the engine writes none; on rank 0 alone."""
+        import deepspeed
+
+        found = {}
+        for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage_3):
+                    if self.is_global_zero:
+                        found[PREFIX + name] = parameter.detach().cpu().clone()
+        return found
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Gives the trained parameters, and the optimizer's copies of them, their values."""
-        for name, parameter in cast("OSMTask", self.lightning_module).osm.trained():
+        """Gives the parameters that a checkpoint holds, and the optimizer's copies of them, their values."""
+        for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
             value = checkpoint["state_dict"][PREFIX + name].to(self.root_device)
             self.fill(parameter, value)
-            self._put(parameter, value, None)
+            if parameter.requires_grad:
+                self._put(parameter, value, None)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives the optimizer its moments, its number of steps and its settings."""

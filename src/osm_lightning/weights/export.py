@@ -110,12 +110,14 @@ Where the frozen weights lie elsewhere than the table says, add `--model.vision.
 
 
 def _adapters(model: dict[str, Any]) -> str:
-    """The table's row on LoRA, where there is any."""
-    lora = model["language"].get("lora")
-    if lora is None:
-        return ""
-    beside = ", ".join(lora["targets"])
-    return f"\n| LoRA | rank {lora['rank']} beside the LLM's {beside}; `osm weights merge` folds it in |"
+    """The table's rows on LoRA, where there is any."""
+    parts = (("Q-Former", model["qformer"].get("lora")), ("LLM", model["language"].get("lora")))
+    return "".join(
+        f"\n| LoRA | rank {lora['rank']} beside the {part}'s {', '.join(lora['targets'])}; folded in by "
+        "`osm weights merge` |"
+        for part, lora in parts
+        if lora is not None
+    )
 
 
 def _whereabouts(model: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""A checkpoint with adapters as a folder without: they are folded into a copy of the LLM, which lies in the folder.
+"""A checkpoint with adapters as a folder without: they are folded into the Q-Former, and into a copy of the LLM.
 
-The vision tower stays where it is. The merged LLM is an LLM like any other, with its tokenizer and an identity of its
-own: transformers opens it, and a run may begin from it.
+The LLM lies in the folder, if it had any; the vision tower stays where it is. The merged LLM is an LLM like any other,
+with its tokenizer and an identity of its own: transformers opens it, and a run may begin from it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def check_mergeable(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def merge(model: OSM, checkpoint: Checkpoint, out: Path) -> Checkpoint:
-    """Folds the adapters of a model into its LLM, and writes both; the folder appears whole or not at all.
+    """Folds the adapters of a model into what they are beside, and writes it; the folder appears whole or not at all.
 
     Args:
-        model: built of the checkpoint; its LLM is changed.
+        model: built of the checkpoint; it is changed.
         checkpoint: with adapters.
         out: the new folder.
 
@@ -53,25 +53,20 @@ def merge(model: OSM, checkpoint: Checkpoint, out: Path) -> Checkpoint:
     check_mergeable(checkpoint, out)
     model.eval()
     llm = model.language.llm
-    fold_adapters(llm)
     config, tokenizers = pointed(checkpoint.config)
-    merged = Checkpoint(
-        tensors={name: tensor for name, tensor in checkpoint.tensors.items() if not is_adapter(name)},
-        config=_of_merged(config),
-        frozen={**checkpoint.frozen, "language": fingerprint(llm)},
-    )
-    (tokenizer,) = (
-        name for part, _, name in tokenizers_of(yaml.safe_load(checkpoint.config)["model"]) if part == "language"
-    )
-    write_folder(merged, out, model_card(merged, out), tokenizers, fill=partial(_write_llm, llm, tokenizer))
+    content, frozen, fill = yaml.safe_load(config), dict(checkpoint.frozen), None
+    fold_adapters(model.qformer)
+    content["model"]["qformer"]["lora"] = None
+    if fold_adapters(llm):
+        content["model"]["language"] |= {"name": OWN + LANGUAGE_FOLDER, "architecture": None, "lora": None}
+        frozen["language"] = fingerprint(llm)
+        used = tokenizers_of(yaml.safe_load(checkpoint.config)["model"])
+        tokenizer = next(name for part, _, name in used if part == "language")
+        fill = partial(_write_llm, llm, tokenizer)
+    tensors = {name: parameter.detach() for name, parameter in model.kept()}
+    merged = Checkpoint(tensors, yaml.safe_dump(content, sort_keys=False), frozen)
+    write_folder(merged, out, model_card(merged, out), tokenizers, fill=fill)
     return merged
-
-
-def _of_merged(config: str) -> str:
-    """The config with the folder's own LLM in place of the one that adapters were for."""
-    content = yaml.safe_load(config)
-    content["model"]["language"] |= {"name": OWN + LANGUAGE_FOLDER, "architecture": None, "lora": None}
-    return yaml.safe_dump(content, sort_keys=False)
 
 
 def _write_llm(llm: Any, tokenizer: str, folder: Path) -> None:

@@ -34,6 +34,9 @@ DEEPSPEED_TAG = "checkpoint"
 REST = "rest"
 """Key (DeepSpeed) or file (torch) of what is no tensor of the model or the optimizer: loops, schedules, places."""
 
+BESIDE = "beside"
+"""Key in DeepSpeed's rest of the tensors that nobody trains."""
+
 WEIGHTS, OPTIMIZER = "state_dict", "optimizer"
 """Parts of torch's distributed checkpoints."""
 
@@ -53,7 +56,7 @@ class Marker:
     frozen: Mapping[str, str]
     """Fingerprints of the frozen parts."""
     trained: Mapping[str, Sequence[int]]
-    """Shape of every trained tensor, by its name in the LightningModule."""
+    """Shape of every tensor that it holds, by its name in the LightningModule."""
     groups: Sequence[Mapping[str, Any]]
     """The optimizer's groups: their settings, and in `params` their tensors' names in order."""
 
@@ -167,8 +170,10 @@ def _deepspeed(folder: Path) -> Read:
         moments = {key: merged(_flat(inner_states, key)) for key in ("exp_avg", "exp_avg_sq")}
     step = next(iter(inner_states[0]["state"].values()))["step"]
     content = _load(model_files[0])
+    rest = dict(content.get(REST, content))
+    beside = rest.pop(BESIDE, {})
     states = {name: {key: moments[key][name] for key in moments} | {"step": step.clone()} for name in weights}
-    return {**content.get(REST, content), "state_dict": weights}, states
+    return {**rest, "state_dict": {**weights, **beside}}, states
 
 
 def _load(file: str) -> dict[str, Any]:

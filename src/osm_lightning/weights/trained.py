@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from osm_lightning.batch import AGNOSTIC
 from osm_lightning.model.load_report import LoadReport
-from osm_lightning.model.lora import is_adapter
+from osm_lightning.model.lora import is_adapter, plain_name
 from osm_lightning.model.osm import OSM
 from osm_lightning.weights.checkpoint import Checkpoint
 
@@ -44,7 +44,7 @@ def check_tensors(
         ValueError: tensors are missing, unexpected or of another shape (a checkpoint of another model size), or a
             frozen part has other weights.
     """
-    wanted = {name: shape for name, shape in model.trained_shapes().items() if name not in fresh}
+    wanted = {name: shape for name, shape in model.kept_shapes().items() if name not in fresh}
     report = LoadReport.compare("trained parts", "the checkpoint", tensors, wanted)
     problems = report.problems()
     if problems:
@@ -66,7 +66,7 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> 
     """Copies a checkpoint's trained tensors into a model.
 
     Modes go by name, not by place; one that the checkpoint lacks starts as its agnostic one, with a warning. Adapters
-    of a model whose checkpoint has none at all start anew, without effect on what it names; a warning says so too.
+    of a part whose checkpoint has none there start anew, without effect on what it names; a warning says so too.
 
     Args:
         model: that takes them.
@@ -85,8 +85,10 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> 
         for table in MODE_TABLES:
             if table in tensors and len(tensors[table]) == len(checkpoint.modes):
                 tensors[table] = tensors[table][rows]
-    report = check_tensors(model, tensors, checkpoint.frozen, _fresh_adapters(model, tensors))
-    parameters = dict(model.trained())
+    fresh = _fresh_adapters(model, tensors)
+    tensors = _beside_adapters(model, tensors)
+    report = check_tensors(model, tensors, checkpoint.frozen, fresh)
+    parameters = dict(model.kept())
     with torch.no_grad():
         for name, tensor in tensors.items():
             fill(parameters[name], tensor)
@@ -94,12 +96,25 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> 
 
 
 def _fresh_adapters(model: OSM, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Names of the adapters that nobody has trained yet."""
+    """Names of the adapters that nobody has trained yet: those of parts of which the checkpoint has none."""
     adapters = {name for name, _ in model.trained() if is_adapter(name)}
-    if not adapters or any(map(is_adapter, tensors)):
-        return set()
-    warnings.warn("the checkpoint has no LoRA adapters: they start anew, without effect.", stacklevel=3)
-    return adapters
+    known = {_part(name) for name in tensors if is_adapter(name)}
+    fresh = {name for name in adapters if _part(name) not in known}
+    for part in sorted(set(map(_part, fresh))):
+        warnings.warn(
+            f"the checkpoint has no LoRA adapters of the {part} part: they start anew, without effect.", stacklevel=3
+        )
+    return fresh
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _beside_adapters(model: OSM, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that they have where adapters stand beside them, which a checkpoint without has not."""
+    names = {plain_name(name): name for name, _ in model.kept()}
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _row(mode: str, modes: Sequence[str]) -> int:
