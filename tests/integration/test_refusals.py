@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_class_that_the_vocabulary_lacks(refused: Refuse, tmp_path: Path, worker
     assert line.startswith("osm fit: error: data.sources.shapes: sample train-")
     assert "class 9 is not in the vocabulary 'vocabulary' (3 classes)" in line
     assert "Set data.sources.shapes.vocabulary." in line
+
+
+def test_an_error_in_a_worker_ends_the_command_at_once(tmp_path: Path) -> None:
+    """While another worker, which leaves SIGTERM to the run, is at work."""
+    write_shapes(tmp_path / "shapes", class_of_lights=9)
+    begin = time.monotonic()
+    done = run_osm("fit", *settings(tmp_path / "shapes"), "--data.num_workers", "2", "--run", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("osm fit: error: data.sources.shapes: sample train-")
+    assert time.monotonic() - begin < 120, "it waited for its workers"
 
 
 def test_bare_clone_names_all_that_is_missing_with_its_commands(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from osm_lightning.batch import MaskBatch
 from osm_lightning.data.mixture import Mixture, Progress
 from osm_lightning.data.stream import Place
-from osm_lightning.data.worker import start_worker
+from osm_lightning.data.worker import end_workers_at_exit, start_worker
 
 
 class EpochLoader(DataLoader[MaskBatch]):
@@ -40,6 +40,7 @@ class EpochLoader(DataLoader[MaskBatch]):
             resume_approximately: take up the state of another number of readers.
             batches_taken: batches after which the trainer ends an epoch, if that is not all of them.
         """
+        end_workers_at_exit()
         super().__init__(
             mixture,  # type: ignore[arg-type]
             batch_size=None,

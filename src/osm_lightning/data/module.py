@@ -19,7 +19,7 @@ from osm_lightning.data.sample import PREDICTED, Labels, View
 from osm_lightning.data.stream import ShardSet, Share
 from osm_lightning.data.text import TextCodec
 from osm_lightning.data.whole import Whole
-from osm_lightning.data.worker import start_worker
+from osm_lightning.data.worker import end_workers_at_exit, start_worker
 from osm_lightning.datasets import DATASETS, ignored_ids
 from osm_lightning.record import Record
 from osm_lightning.vocabulary import load_vocabulary
@@ -243,6 +243,7 @@ class OSMData(lightning.LightningDataModule):
         pads = self.in_step or len(dataset) < self.rank.count
         end = -(-len(dataset) // self.rank.count) * self.rank.count if pads else len(dataset)
         mine = range(self.rank.index, end, self.rank.count)
+        end_workers_at_exit()
         return DataLoader(
             dataset,  # type: ignore[arg-type]
             batch_size=self.images_per_val_batch,

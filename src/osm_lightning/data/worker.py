@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import multiprocessing
 import signal
 from types import FrameType
 
@@ -25,6 +27,24 @@ def leave_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+
+
+def end_workers_at_exit() -> None:
+    """Has this process end its workers when it exits while they work, as after an error in one of them.
+
+    multiprocessing would end them with SIGTERM, which a worker takes for the job's and leaves to the run, and then wait
+    for them.
+    """
+    atexit.unregister(_end_workers)  # what is registered last comes first
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises where a worker is killed
+    for worker in workers:
+        worker.kill()
 
 
 def _end_later(_number: int, _frame: FrameType | None) -> None:
