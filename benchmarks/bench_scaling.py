@@ -163,7 +163,7 @@ class Measure(lightning.Callback):
         """Times all-reduces of as many values as are trained."""
         if not dist.is_initialized():
             return
-        shapes = cast("OSMTask", pl_module).osm.trained_shapes().values()
+        shapes = cast("OSMTask", pl_module).osm.kept_shapes().values()
         values = torch.zeros(sum(torch.Size(shape).numel() for shape in shapes))
         self.reductions_s = []
         for _ in range(REDUCTIONS):
