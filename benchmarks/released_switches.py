@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from osm_lightning.batch import MaskBatch
 from osm_lightning.data.module import OSMData, SourceConfig
-from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.model.osm import OSM, EncodedImages
+from osm_lightning.model_settings import settings_of
 from osm_lightning.naming.greedy import name_masks
 from osm_lightning.training.loss import group_loss
 from osm_lightning.training.optim import parameter_groups
 from osm_lightning.weights.checkpoint import read_checkpoint
-from osm_lightning.weights.trained import load_trained
 
 MODES = ("coco", "agnostic")
 RULES = ("touched", "nearest")
@@ -43,14 +41,8 @@ def main() -> None:
     quiet_loading()
     torch.manual_seed(0)
     checkpoint = read_checkpoint(args.ckpt)
-    config = yaml.safe_load(checkpoint.config)["model"]
-    model = OSM(
-        VisionConfig(**config["vision"]),
-        QFormerConfig(**config["qformer"]),
-        LanguageConfig(**config["language"]),
-        config["modes"],
-    )
-    load_trained(model, checkpoint)
+    settings = settings_of(checkpoint, {})
+    model = settings.build(settings.codec(), checkpoint)
     name_all(model.eval(), args.shards)
     compare_gradients(model, args.shards, args.batches)
 

@@ -13,6 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from osm_lightning.idle_hints import hide_idle_hints
 from osm_lightning.rank_label import rank_label
 
 TRAINER_COMMANDS = {
@@ -69,6 +70,7 @@ def run(command: str, rest: list[str]) -> int:
     Raises:
         ValueError: there is no such command.
     """
+    hide_idle_hints()
     if command in OFFLINE_COMMANDS:
         module = importlib.import_module(f"osm_lightning.commands.{command}")
         return int(module.main(rest))

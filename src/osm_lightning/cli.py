@@ -26,7 +26,6 @@ from osm_lightning.data.module import OSMData
 from osm_lightning.evaluation.prediction_journal import PredictionJournal
 from osm_lightning.evaluation.segments import read_segments
 from osm_lightning.expectation import Expectation, add_expected
-from osm_lightning.idle_hints import hide_idle_hints
 from osm_lightning.missing_parts import refuse_missing
 from osm_lightning.model.language import quiet_loading
 from osm_lightning.model_settings import LINKS, language_tokenizer
@@ -274,7 +273,6 @@ def main(argv: list[str]) -> int:
     """
     quiet_loading()
     label_messages()
-    hide_idle_hints()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with meeting(), told_once():

@@ -135,7 +135,7 @@ class LanguageModel(OwnsFrozen):
         with torch.autocast(inputs_MXZ.device.type, enabled=False):
             out = decoder(
                 inputs_embeds=inputs_MXZ.to(self.dtype),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
             )
         return cast("Tensor", out.last_hidden_state)
