@@ -54,6 +54,8 @@ class ModelSection:
     """Modes of the vocabularies, beside the agnostic one."""
     max_new_tokens: int = MAX_NEW_TOKENS
     """Ids per name at most."""
+    allow: list[str] | None = None
+    """Trained tensors that may not fit."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class ModelSettings:
         with torch.random.fork_rng(devices=[]):
             if self.seed is not None:
                 torch.default_generator.manual_seed(self.seed)
-            return build_model(model.vision, model.qformer, model.language, model.modes, codec, checkpoint)
+            parts = model.vision, model.qformer, model.language, model.modes
+            return build_model(*parts, codec, checkpoint, allow=model.allow or ())
 
 
 def settings_of(checkpoint: Checkpoint, changes: Mapping[str, object]) -> ModelSettings:

@@ -114,3 +114,20 @@ def test_a_folder_that_lacks_a_layer_is_refused_and_not_filled_with_random_numbe
         (tmp_path / "config.json").write_text(json.dumps({**content, "num_hidden_layers": layers}))
         with pytest.raises(ValueError, match=rf"^language\.name is '{tmp_path}'.*{reason}"):
             LanguageModel(LanguageConfig(name=str(tmp_path)))
+
+
+def test_what_is_loaded_is_reported_and_a_surprise_is_let_through_by_name(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
+    tensors = {**model.state_dict(), "score.weight": torch.zeros(2, WIDTH), "score.bias": torch.zeros(2)}
+    del tensors["model.norm.weight"]
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    whole = {"allow": ["score.*", "model.norm.weight"]}
+    for allow in ([], ["score.*"], ["model.norm.weight", "score.w*"]):
+        with pytest.raises(ValueError, match=r"do not fit.*let through by model\.language\.allow"):
+            LanguageModel(LanguageConfig(name=str(tmp_path), allow=allow))
+    report = LanguageModel(LanguageConfig(name=str(tmp_path), **whole)).report
+    assert report is not None
+    how_much = f"{report.num_loaded} tensors (float32, {report.num_bytes / 1e6:.1f} MB)"
+    allowed = "1 missing: model.norm.weight; 2 unexpected: score.bias, score.weight"
+    assert report.line() == f"LLM: {how_much} from {tmp_path}; allowed: {allowed}"
+    assert report.num_loaded == len(model.state_dict()) - 1

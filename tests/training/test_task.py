@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +153,54 @@ def test_tokenizers_must_fit_the_model(tmp_path: Path, part: str, setting: str, 
     setattr(getattr(task, part), setting, value)
     with pytest.raises(ValueError, match=message):
         build(task, tmp_path)
+
+
+def drawn(folder: Path, **settings: Any) -> OSMTask:
+    """A built task whose random frozen parts are the same every time."""
+    task = tiny_task(**settings)
+    torch.manual_seed(0)
+    return build(task, folder)
+
+
+def kept_as(task: OSMTask, path: Path) -> dict[str, Any]:
+    """Writes a built task's checkpoint, and returns its content."""
+    task.config_text = "model: {modes: [scenes]}\n"
+    content: dict[str, Any] = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(content)
+    torch.save(content, path)
+    return content
+
+
+def test_a_new_run_may_begin_without_what_is_named(tmp_path: Path) -> None:
+    """The mask side of one model goes on with another LLM, of another width."""
+    old = drawn(tmp_path)
+    kept_as(old, tmp_path / "old.ckpt")
+
+    def another(allow: list[str]) -> OSMTask:
+        task = tiny_task(weights=str(tmp_path / "old.ckpt"), allow=allow)
+        task.language.architecture = {**(task.language.architecture or {}), "hidden_size": 32, "head_dim": 8}
+        torch.manual_seed(0)
+        return build(task, tmp_path)
+
+    changed = {"projection.weight", "projection.bias", "modes.embedding"}
+    with pytest.raises(ValueError, match=r"of another model \(3 of another shape: .*named by model\.allow"):
+        another([])
+    with pytest.raises(ValueError, match="another frozen language part"):
+        another(["projection.*", "modes.embedding"])
+    new = another(["language", "projection.*", "modes.embedding"])
+    for name, parameter in new.osm.trained():
+        assert name in changed or torch.equal(parameter, old.osm.get_parameter(name)), name
+    assert {name for name, p in new.osm.trained() if p.shape != old.osm.get_parameter(name).shape} == changed
+    assert "3 of another shape" in new.osm.loads[-1].line()
+
+
+def test_every_load_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = drawn(tmp_path)
+    content = kept_as(old, tmp_path / "old.ckpt")
+    with caplog.at_level("INFO"):
+        task = drawn(tmp_path, weights=str(tmp_path / "old.ckpt"))
+        task.on_load_checkpoint(content)
+    number = len(list(old.osm.kept()))
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("trained parts: ")]
+    assert len(said) == 2
+    assert all(line.startswith(f"trained parts: {number} tensors (float32, ") for line in said)

@@ -42,6 +42,9 @@ class VisionConfig:
     """Precision of the frozen weights."""
     windows_per_chunk: int = 32
     """Windows that go through the tower together; bounds its memory."""
+    allow: list[str] = field(default_factory=list)
+    """Tensors of its folder, as patterns with * and ?, that may be missing (they stay random), unknown or of another
+    shape; all others that are end the command. open_clip's are loaded whole or not at all."""
 
     @property
     def grid_side(self) -> int:
@@ -192,5 +195,8 @@ class LanguageConfig:
     recompute_activations: bool = False
     """Keep no activations of the LLM's blocks between forward and backward, but compute them again: less memory, for
     up to half as much work of the LLM again."""
+    allow: list[str] = field(default_factory=list)
+    """Tensors of its folder, as patterns with * and ?, that may be missing (they stay random), unknown or of another
+    shape; all others that are end the command."""
     lora: LoraConfig | None = None
     """Adapters in its blocks, which are then trained beside the mask side. None: it stays as it is."""

@@ -62,7 +62,8 @@ class LanguageModel(OwnsFrozen):
             if is_instructblip(config.name):
                 model, self.report = open_instructblip(config.name, "language.name").language_model()
             else:
-                model, self.report = load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM")
+                kind = AutoModelForCausalLM
+                model, self.report = load_pretrained(kind, config.name, "language.name", "LLM", allow=config.allow)
         if config.lora is not None:
             check_targets(model.get_decoder().layers, config.lora.targets, LORA)
         complete = partial(_complete, config.lora, shard)

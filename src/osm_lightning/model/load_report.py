@@ -101,6 +101,16 @@ class LoadReport:
                 found.append(f"{len(left)} {kind}: {', '.join(left[:SHOWN])}{more}")
         return "; ".join(found)
 
+    def line(self) -> str:
+        """What is said of a load that was done: how much, in which precision, from where, and what was let through."""
+        precision = ", ".join(self.dtypes) or "nothing"
+        besides = f"; left out as known: {', '.join(self.extras)}" if self.extras else ""
+        allowed = f"; allowed: {said}" if (said := self.problems()) else ""
+        return (
+            f"{self.part}: {self.num_loaded} tensors ({precision}, {self.num_bytes / 1e6:.1f} MB) from {self.origin}"
+            f"{besides}{allowed}"
+        )
+
     @property
     def surprises(self) -> tuple[str, ...]:
         """Names of all surprises, allowed or not."""

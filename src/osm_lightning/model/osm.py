@@ -21,6 +21,7 @@ from osm_lightning.model.blocks import compile_block
 from osm_lightning.model.config import LanguageConfig, QFormerConfig, VisionConfig
 from osm_lightning.model.frozen import Shard
 from osm_lightning.model.language import LanguageModel
+from osm_lightning.model.load_report import LoadReport
 from osm_lightning.model.lockstep import ALONE, Lockstep
 from osm_lightning.model.modes import Modes
 from osm_lightning.model.qformer import KeysValues, MaskQFormer
@@ -53,6 +54,8 @@ class AnswerLogits(NamedTuple):
 class OSM(nn.Module):
     """Names the content of masks."""
 
+    loads: list[LoadReport]
+    """What was loaded into its parts; whoever loads into it adds to them."""
     lockstep: Lockstep = ALONE
     """How processes that share these weights stay together; whoever shards them sets it."""
 
@@ -82,6 +85,8 @@ class OSM(nn.Module):
         self.vision = VisionEncoder(vision, shard)
         self.qformer = MaskQFormer(qformer, self.vision.width)
         self.language = LanguageModel(language, shard, compiled)
+        reports = self.vision.tower.report, self.language.report
+        self.loads = [report for report in reports if report is not None]
         self.projection = nn.Linear(qformer.width, self.language.width)
         self.modes = Modes(modes, qformer.width, self.language.width)
         if not qformer.mode_query:

@@ -19,7 +19,13 @@ from osm_lightning.model.load_report import LoadReport, is_known_extra
 
 
 def load_pretrained(
-    kind: Any, name: str, setting: str, part: str, besides: Sequence[str] = (), **options: Any
+    kind: Any,
+    name: str,
+    setting: str,
+    part: str,
+    besides: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    **options: Any,
 ) -> tuple[Any, LoadReport]:
     """Loads a model of transformers.
 
@@ -29,6 +35,7 @@ def load_pretrained(
         setting: what a message calls the place where the name was given.
         part: part of the model.
         besides: patterns of names that a folder may hold and that are another part's.
+        allow: patterns of names that are let through although they don't fit.
         options: for `from_pretrained`.
 
     Raises:
@@ -50,11 +57,12 @@ def load_pretrained(
             f"{setting} is {name!r}, which cannot be loaded ({_first_line(error)}). {_advice(name)}"
         ) from error
     report = _report(model, info, name, part, besides)
-    problems = report.problems()
+    problems = report.problems(allow)
     if problems:
         raise ValueError(
             f"{setting} is {name!r}, whose tensors do not fit its config.json ({problems}). What is missing would be "
-            "random: the folder is incomplete, or of two models. Download it again."
+            "random: the folder is incomplete, or of two models. Download it again. A name that you know about may be "
+            f"let through by model.{setting.partition('.')[0]}.allow."
         )
     return model, report
 
@@ -93,7 +101,8 @@ def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] |
 def _report(model: Any, info: dict[str, Any], name: str, part: str, besides: Sequence[str]) -> LoadReport:
     reshaped = {key: f"{tuple(found)} instead of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]}
     missing = sorted(info["missing_keys"])
-    loaded = {key: t for key, t in model.state_dict().items() if key not in reshaped and key not in missing}
+    held = {key: t for key, t in model.state_dict(keep_vars=True).items() if key not in reshaped and key not in missing}
+    loaded = {id(tensor): tensor for tensor in held.values()}  # tied ones once
     known = {
         key
         for key in info["unexpected_keys"]

@@ -53,4 +53,5 @@ def load_quantized(config: LanguageConfig) -> Any:
         "quantization_config": bits,
         "device_map": {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
     }
-    return load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM", **options)[0]
+    kind = AutoModelForCausalLM
+    return load_pretrained(kind, config.name, "language.name", "LLM", allow=config.allow, **options)[0]

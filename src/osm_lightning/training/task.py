@@ -14,6 +14,7 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -58,6 +59,7 @@ class OSMTask(lightning.LightningModule):
         modes: list[str],
         optim: OptimConfig = OptimConfig(),
         weights: str | None = None,
+        allow: list[str] | None = None,
         supervise_prompt: bool = False,
         sum_datasets: bool = False,
         named_modes: list[str] | None = None,
@@ -74,6 +76,10 @@ class OSMTask(lightning.LightningModule):
             modes: modes of the vocabularies, beside the agnostic one.
             optim: optimizer and schedule.
             weights: checkpoint to start the trained parts from. Modes that it lacks start as its agnostic one.
+            allow: tensors of it, as patterns with * and ?, that may be missing (they start anew), unknown or of another
+                shape, and `vision` or `language` if the frozen part may be another one than it was trained with; all
+                else that does not fit ends the command. To go on with another LLM: [language, projection.*,
+                modes.embedding].
             supervise_prompt: learn the prompt's tokens too (released behaviour); the paper's loss is on the answer.
             sum_datasets: the loss is the sum of the datasets' losses (released behaviour), and not their weighted mean.
             named_modes: modes in which validation and prediction name masks. None: a source's own mode and the
@@ -86,7 +92,8 @@ class OSMTask(lightning.LightningModule):
         super().__init__()
         self.vision, self.qformer, self.language, self.modes = vision, qformer, language, modes
         self.optim = optim
-        self.weights, self.supervise_prompt, self.sum_datasets = weights, supervise_prompt, sum_datasets
+        self.weights, self.allow = weights, allow or []
+        self.supervise_prompt, self.sum_datasets = supervise_prompt, sum_datasets
         self.named_modes, self.max_new_tokens, self.score_eos = named_modes, max_new_tokens, score_eos
         self.compile_blocks = compile_blocks
         self.scores = nn.ModuleDict()
@@ -108,7 +115,9 @@ class OSMTask(lightning.LightningModule):
         checkpoint = None if self.weights is None else read_checkpoint(self.weights, self.trust_checkpoint)
         parts = self.vision, self.qformer, self.language, self.modes
         fill = copy_into if sharding is None else sharding.fill
-        osm = build_model(*parts, self._data.codec, checkpoint, shard, compiled, fill)
+        osm = build_model(*parts, self._data.codec, checkpoint, shard, compiled, fill, self.allow)
+        for report in osm.loads:
+            rank_zero_info(report.line())
         if sharding is not None:
             osm.lockstep = sharding.lockstep
             self._data.in_step = osm.lockstep.together
@@ -138,7 +147,7 @@ class OSMTask(lightning.LightningModule):
                 f"{', '.join(self.osm.modes.names)}: a run goes on with the modes that it began with. To start a new "
                 "one from what was trained, give --model.weights instead of --ckpt."
             )
-        check_tensors(self.osm, content.tensors, content.frozen)
+        rank_zero_info(check_tensors(self.osm, content.tensors, content.frozen).line())
 
     # Training -----------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ def build_model(
     shard: Shard | None = None,
     compiled: bool = False,
     fill: Fill = copy_into,
+    allow: Sequence[str] = (),
 ) -> OSM:
     """Builds the model, loads its frozen parts and takes the trained ones over.
 
@@ -35,6 +36,7 @@ def build_model(
         shard: called with every block of the frozen parts once it is loaded.
         compiled: have torch compile the blocks of all parts.
         fill: puts a trained tensor into its parameter, which `shard` may have shared out.
+        allow: patterns of trained tensors that are let through although they don't fit.
 
     Raises:
         ValueError: weights are missing, sizes or tokenizers don't fit, or the checkpoint is of another model.
@@ -42,7 +44,7 @@ def build_model(
     model = OSM(vision, qformer, language, modes, shard, compiled)
     check_tokenizers(model, codec)
     if checkpoint is not None:
-        load_trained(model, checkpoint, fill)
+        model.loads.append(load_trained(model, checkpoint, fill, allow))
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,11 @@ def copy_into(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def check_tensors(
-    model: OSM, tensors: Mapping[str, Tensor], frozen: Mapping[str, str], fresh: Container[str] = ()
+    model: OSM,
+    tensors: Mapping[str, Tensor],
+    frozen: Mapping[str, str],
+    fresh: Container[str] = (),
+    allow: Sequence[str] = (),
 ) -> LoadReport:
     """Checks that tensors are exactly what the model trains, and that its frozen parts are the expected ones.
 
@@ -36,6 +41,7 @@ def check_tensors(
         tensors: trained ones by name.
         frozen: fingerprints of the frozen parts that they were trained with.
         fresh: names that stay as they were drawn.
+        allow: patterns of names, of frozen parts too, that are let through although they don't fit.
 
     Returns:
         What is loaded.
@@ -46,15 +52,15 @@ def check_tensors(
     """
     wanted = {name: shape for name, shape in model.kept_shapes().items() if name not in fresh}
     report = LoadReport.compare("trained parts", "the checkpoint", tensors, wanted)
-    problems = report.problems()
+    problems = report.problems(allow)
     if problems:
         raise ValueError(
             f"the checkpoint is of another model ({problems}). Use the config that it carries (leave out "
-            "--config), or a checkpoint of this model."
+            "--config), or a checkpoint of this model. What a new run may begin without is named by model.allow."
         )
     here = model.frozen_identity()
     for part, identity in frozen.items():
-        if here[part] != identity:
+        if here[part] != identity and not any(fnmatchcase(part, pattern) for pattern in allow):
             raise ValueError(
                 f"the checkpoint was trained with another frozen {part} part ({identity}, here {here[part]}). Give "
                 f"model.{part} the weights that it was trained with."
@@ -62,7 +68,7 @@ def check_tensors(
     return report
 
 
-def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> LoadReport:
+def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into, allow: Sequence[str] = ()) -> LoadReport:
     """Copies a checkpoint's trained tensors into a model.
 
     Modes go by name, not by place; one that the checkpoint lacks starts as its agnostic one, with a warning. Adapters
@@ -72,6 +78,7 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> 
         model: that takes them.
         checkpoint: trained parts, and identities of the frozen ones.
         fill: puts a tensor into a parameter.
+        allow: patterns of names that are let through although they don't fit: they stay as they were drawn.
 
     Returns:
         What was loaded.
@@ -87,11 +94,12 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into) -> 
                 tensors[table] = tensors[table][rows]
     fresh = _fresh_adapters(model, tensors)
     tensors = _beside_adapters(model, tensors)
-    report = check_tensors(model, tensors, checkpoint.frozen, fresh)
+    report = check_tensors(model, tensors, checkpoint.frozen, fresh, allow)
     parameters = dict(model.kept())
     with torch.no_grad():
         for name, tensor in tensors.items():
-            fill(parameters[name], tensor)
+            if name not in report.surprises:
+                fill(parameters[name], tensor)
     return report
 
 

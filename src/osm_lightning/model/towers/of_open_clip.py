@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from osm_lightning.model.config import VisionConfig
 from osm_lightning.model.frozen import missing_weights
+from osm_lightning.model.load_report import LoadReport
 from osm_lightning.model.towers.tower import Tower, checked_depth, split_tokens
 
 
@@ -34,6 +35,10 @@ class OpenClipTower(Tower):
                 "print(open_clip.list_models())'` lists its models."
             )
         self.visual = _open(config)
+        if config.pretrained is not None:
+            loaded = self.visual.state_dict()
+            shapes = {name: tensor.shape for name, tensor in loaded.items()}
+            self.report = LoadReport.compare("vision tower", f"{config.name}, {config.pretrained}", loaded, shapes)
         self.mean, self.std = tuple(self.visual.image_mean), tuple(self.visual.image_std)
         timm_vit = getattr(self.visual, "trunk", None)
         if not hasattr(timm_vit, "blocks") and not hasattr(self.visual, "transformer"):

@@ -179,4 +179,4 @@ def _load(config: VisionConfig) -> tuple[Any, LoadReport]:
             f"vision.name is {name!r}, a {found!r} by its config.json, but vision.tower is {config.tower!r}. {remedy}"
         )
     kind = getattr(transformers, family.model)
-    return load_pretrained(kind, name, "vision.name", "vision tower", family.besides)
+    return load_pretrained(kind, name, "vision.name", "vision tower", family.besides, config.allow)

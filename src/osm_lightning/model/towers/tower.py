@@ -24,7 +24,7 @@ class Tower(nn.Module):
     std: tuple[float, ...]
     """Standard deviation of its normalised pixels, in [0, 1]."""
     report: LoadReport | None = None
-    """What was loaded; None for random weights, and for open_clip, which loads strictly and reports nothing."""
+    """What was loaded; None for random weights. Of open_clip, which loads strictly or fails, it is all there is."""
 
     def blocks(self) -> Iterable[nn.Module]:
         """Its transformer blocks: nearly all of its weights."""
