@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -23,9 +23,6 @@ from osm_lightning.model.osm import OSM
 from osm_lightning.training.optim import parameter_groups
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, read_training_state
 from osm_lightning.weights.sharded import Marker, partial_of, remove, seal
-
-if TYPE_CHECKING:
-    from osm_lightning.training.task import OSMTask
 
 
 @contextmanager
@@ -127,7 +124,7 @@ class SavesTogether(ParallelStrategy):
         return True
 
     def _marker(self, checkpoint: Mapping[str, Any]) -> Marker:
-        osm, content = self._task.osm, checkpoint[CONTENT_KEY]
+        osm, content = self.osm, checkpoint[CONTENT_KEY]
         shapes = {f"{PREFIX}{name}": list(shape) for name, shape in osm.kept_shapes().items()}
         groups = optimizer_groups(osm, self.optimizers[0]) if self.optimizers else []
         return Marker(
@@ -136,8 +133,13 @@ class SavesTogether(ParallelStrategy):
         )  # fmt: skip
 
     @property
-    def _task(self) -> OSMTask:
-        return cast("OSMTask", self.lightning_module)
+    def osm(self) -> OSM:
+        """The model of the task that is trained."""
+        return cast("OSM", self._task.osm)
+
+    @property
+    def _task(self) -> Any:
+        return self.lightning_module  # OSMTask, which stands above
 
 
 def ordered_parameters(osm: OSM) -> list[list[tuple[str, nn.Parameter]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -29,9 +29,6 @@ from osm_lightning.training.engine_state import SavesTogether, saved_states, tak
 from osm_lightning.training.sharding import Collective, Sharding, leave_group
 from osm_lightning.weights.checkpoint import PREFIX
 from osm_lightning.weights.sharded import OPTIMIZER, REST, WEIGHTS
-
-if TYPE_CHECKING:
-    from osm_lightning.training.task import OSMTask
 
 
 class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
@@ -71,7 +68,7 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
         """This process's parts of what a checkpoint holds."""
         options = StateDictOptions(cpu_offload=True, ignore_frozen_params=True)
         trained = get_model_state_dict(cast("nn.Module", self.model), options=options)
-        kept = cast("OSMTask", self.lightning_module).osm.kept()
+        kept = self.osm.kept()
         beside = {PREFIX + name: value.detach().cpu() for name, value in kept if not value.requires_grad}
         return {**trained, **beside}
 
@@ -99,14 +96,14 @@ class FSDP2(SavesTogether, ModelParallelStrategy, Sharding):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Gives every parameter that a checkpoint holds this process's part of its value."""
         with torch.no_grad():
-            for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
+            for name, parameter in self.osm.kept():
                 self.fill(parameter, checkpoint["state_dict"][PREFIX + name])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives the optimizer its parts of the moments, its number of steps and its settings."""
         (saved,) = checkpoint["optimizer_states"]
         optimizer = self.optimizers[0]
-        for parameter, state in saved_states(cast("OSMTask", self.lightning_module).osm, saved):
+        for parameter, state in saved_states(self.osm, saved):
             optimizer.state[parameter] = {
                 key: self._part(value, parameter) if value.shape == parameter.shape else value.clone()
                 for key, value in state.items()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,6 @@ from osm_lightning.training.engine_state import SavesTogether, saved_states, tak
 from osm_lightning.training.sharding import Collective, Sharding, leave_group
 from osm_lightning.weights.checkpoint import PREFIX
 from osm_lightning.weights.sharded import BESIDE, DEEPSPEED_TAG, REST
-
-if TYPE_CHECKING:
-    from osm_lightning.training.task import OSMTask
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of every value."""
@@ -152,7 +149,7 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
         import deepspeed
 
         found = {}
-        for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
+        for name, parameter in self.osm.kept():
             if not parameter.requires_grad:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage_3):
                     if self.is_global_zero:
@@ -161,7 +158,7 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Gives the parameters that a checkpoint holds, and the optimizer's copies of them, their values."""
-        for name, parameter in cast("OSMTask", self.lightning_module).osm.kept():
+        for name, parameter in self.osm.kept():
             value = checkpoint["state_dict"][PREFIX + name].to(self.root_device)
             self.fill(parameter, value)
             if parameter.requires_grad:
@@ -170,7 +167,7 @@ class OSMDeepSpeed(SavesTogether, DeepSpeedStrategy, Sharding):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives the optimizer its moments, its number of steps and its settings."""
         (saved,) = checkpoint["optimizer_states"]
-        states = list(saved_states(cast("OSMTask", self.lightning_module).osm, saved))
+        states = list(saved_states(self.osm, saved))
         zero: Any = self.optimizers[0]
         take_settings(zero, saved)
         if not states:
