@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from pycocotools import mask as coco_rle
@@ -286,6 +287,19 @@ def test_loading_draws_none_of_anybodys_random_numbers(exported: Path) -> None:
 def test_settings_that_cannot_be_are_refused(exported: Path, setting: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OSM.from_pretrained(exported, settings=setting)
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_can_be_given(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "old")
+    config = yaml.safe_load((exported / "config.yaml").read_text())
+    for part, name in (("language", "lora"), ("language", "allow"), ("qformer", "lora"), ("vision", "allow")):
+        del config["model"][part][name]
+    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.warns(UserWarning, match="no LoRA adapters of the language part"):
+        osm = OSM.from_pretrained(tmp_path / "old", settings={"model.language.lora": {"rank": 2}, "model.allow": ["x"]})
+    assert osm.model.language.config.lora is not None
+    with pytest.raises(ValueError, match="which is no setting of the model"):
+        OSM.from_pretrained(tmp_path / "old", settings={"model.language.loro": None})
 
 
 def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path, exported: Path) -> None:

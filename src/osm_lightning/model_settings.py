@@ -139,7 +139,11 @@ def _change(section: dict[str, Any], setting: str, value: object) -> None:
     inside: Any = section
     for part in parts[:-1]:
         inside = inside.get(part) if isinstance(inside, dict) else None
-    if model != "model" or not parts or not isinstance(inside, dict) or parts[-1] not in inside:
+    of = {(): ModelSection, ("vision",): VisionConfig, ("qformer",): QFormerConfig, ("language",): LanguageConfig}
+    kind = of.get(tuple(parts[:-1]))
+    # A checkpoint older than a setting does not have it.
+    known = {*(inside if isinstance(inside, dict) else ()), *(field.name for field in (fields(kind) if kind else ()))}
+    if model != "model" or not parts or not isinstance(inside, dict) or parts[-1] not in known:
         raise ValueError(
             f"settings names {setting!r}, which is no setting of the model. Name one of its config.yaml, as "
             "model.vision.name."

@@ -139,3 +139,18 @@ def test_the_template_of_smollm2_ends_a_turn_as_it_was_trained() -> None:
     )
     assert tokenizer.decode(taught.text_ids) == whole.rstrip("\n")
     assert taught.text_ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_template_that_writes_the_date_asks_the_same_tomorrow(tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %b %Y, %H:%M:%S.%f') }}" + CHATML
+    codec = TextCodec(save_tokenizer(tmp_path, dated), chat_template=True)
+    asked = codec.encode(TEST_QUESTION, None)
+    said = load_tokenizer(str(tmp_path)).decode(asked.text_ids)
+    assert said.startswith("26 Jul 2024<|im_start|>user")
+
+
+def test_a_limit_that_the_template_fills_is_refused_when_the_tokenizer_is_loaded(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path, CHATML)
+    TextCodec(tokenizer, max_text_tokens=100)
+    with pytest.raises(ValueError, match=r"max_text_tokens is 20, .* and its chat template.*chat_template to false"):
+        TextCodec(tokenizer, max_text_tokens=20, chat_template=True)

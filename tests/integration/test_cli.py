@@ -131,6 +131,18 @@ def test_resumed_run_goes_on_counting(run: Path, tmp_path: Path) -> None:
     assert abs(after[0] - before[-1]) < 0.5 * abs(before[0] - before[-1])
 
 
+def test_what_a_run_may_begin_without_its_checkpoints_do_not_pass_on(
+    shapes: Path, exported: Path, tmp_path: Path
+) -> None:
+    words = ["--data.masks_per_epoch", str(QUOTA), "--data.num_workers", "0", "--trainer.limit_val_batches", "0"]
+    here(
+        "fit", *settings(shapes), *words, "--model.weights", exported, "--model.allow", "[nothing.*]", "--run", tmp_path
+    )
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["allow"] == ["nothing.*"]
+    content = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert yaml.safe_load(content["osm"]["config"])["model"]["allow"] is None
+
+
 def test_fast_dev_run_writes_nothing(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = settings(shapes)
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from osm_lightning.model.config import LanguageConfig
 from osm_lightning.model.language import LanguageModel
@@ -131,3 +131,10 @@ def test_what_is_loaded_is_reported_and_a_surprise_is_let_through_by_name(tmp_pa
     allowed = "1 missing: model.norm.weight; 2 unexpected: score.bias, score.weight"
     assert report.line() == f"LLM: {how_much} from {tmp_path}; allowed: {allowed}"
     assert report.num_loaded == len(model.state_dict()) - 1
+
+
+def test_an_llm_whose_blocks_are_elsewhere_is_named(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCABULARY, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the LLM is a 'gpt2', whose decoder has no `layers`"):
+        LanguageModel(LanguageConfig(name=str(tmp_path)))

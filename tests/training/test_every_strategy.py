@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import Job, run
+from tiny_training import TINY
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.cluster
 
@@ -85,6 +88,30 @@ def test_compiled_blocks_have_the_losses_of_plain_ones(strategy: str, tmp_path: 
     plain = losses(Job(tmp_path / "plain", **settings))
     compiled = losses(Job(tmp_path / "compiled", **settings, task={"compile_blocks": True}), timeout_s=900)
     assert 0 < far_apart(f"{strategy}, compiled", compiled, plain) < LOSS_ATOL
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of an LLM in a folder, which can be quantised as random ones cannot."""
+    folder = tmp_path_factory.mktemp("llm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY["language"]["architecture"])).save_pretrained(folder)
+    return {"name": str(folder), "architecture": None, "quantize": "8bit"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_zero1", "deepspeed_zero2"])
+def test_a_quantised_llm_has_the_losses_of_one_process(strategy: str, llm: dict[str, Any], tmp_path: Path) -> None:
+    wanted = losses(Job(tmp_path / "one", steps=4, union_of=2, language=llm))
+    ranks = losses(Job(tmp_path / "two", strategy, ranks=2, steps=4, language=llm))
+    assert far_apart(f"{strategy}, 8 bits", ranks.T.reshape(1, -1), wanted) < BF16_ATOL
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_zero3", "fsdp2"])
+def test_strategies_that_share_the_llm_out_refuse_to_quantise_it(
+    strategy: str, llm: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="sharded over processes are not quantised"):
+        run(Job(tmp_path, strategy, ranks=2, steps=1, language=llm))
 
 
 def test_zero3_refuses_compiled_blocks_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -141,6 +141,19 @@ def test_where_the_q_former_alone_has_adapters_the_llm_stays_where_it_is(tmp_pat
     assert again.model.qformer.config.lora is not None
 
 
+def test_adapters_beside_eight_bits_are_folded_into_what_these_were_made_of(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "base")
+    plain = {"architecture": None, "name": str(tmp_path / "base")}
+    ckpt = write_checkpoint(tmp_path, lora=LORA, quantize="8bit", **plain)
+    merge(ckpt, tmp_path / "merged")
+    language = OSM.from_pretrained(tmp_path / "merged", device="cpu").model.language
+    assert language.config.quantize is None
+    adapted = OSM.from_pretrained(ckpt, device="cpu", settings={"model.language.quantize": None}).model.language
+    inputs = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(language.hidden(inputs), adapted.hidden(inputs), atol=1e-5, rtol=0)
+
+
 def test_what_cannot_be_merged_is_said_and_nothing_is_left(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, cast
 
+TODAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Put before a template. Some (Llama 3, SmolLM3) write the day's date: a prompt would be another one tomorrow."""
 NAME = "osmname"
 """Stands for a name while the template is read; a word that no template changes."""
 
@@ -76,4 +78,5 @@ def _user(question: str) -> dict[str, str]:
 
 def _write(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
     # Templates of LLMs that think know `enable_thinking`, the others ignore it: a name needs no thought.
-    return cast("str", tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options))
+    fixed = {"chat_template": TODAY + str(tokenizer.chat_template), "tokenize": False, "enable_thinking": False}
+    return cast("str", tokenizer.apply_chat_template(messages, **fixed, **options))

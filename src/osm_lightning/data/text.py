@@ -57,7 +57,8 @@ class TextCodec:
                 plain question all the same.
 
         Raises:
-            ValueError: a tokenizer is missing, has no EOS, or no chat template where one is asked for.
+            ValueError: a tokenizer is missing, has no EOS, or no chat template where one is asked for; or the limit
+                leaves nothing of an answer.
         """
         self._settings = (tokenizer, instruction_tokenizer, max_text_tokens, chat_template)
         self._limit = max_text_tokens
@@ -75,6 +76,9 @@ class TextCodec:
         if (self._bos or _wants_bos(tokenizer)) and self._language.bos_token_id is not None:
             self._bos = [int(self._language.bos_token_id)]
         self.encode = lru_cache(maxsize=100_000)(self._encode)
+        if self._chat is not None:  # whose own words may be more than the limit
+            for question in (*MASK_QUESTIONS, *BOX_QUESTIONS):
+                self._encode(question, None)
 
     def __reduce__(self) -> tuple[type[TextCodec], tuple[str, str | None, int | None, bool]]:
         # What is remembered of `encode` cannot be pickled, and workers that are spawned need not have it.
@@ -116,7 +120,8 @@ class TextCodec:
         if self._limit is not None and len(prompt_ids) >= self._limit:
             raise ValueError(
                 f"data.max_text_tokens is {self._limit}, but {asked!r} alone has {len(prompt_ids)} ids with this "
-                "tokenizer, which leaves nothing of an answer. Raise it, or set it to null."
+                f"tokenizer{' and its chat template' if self._chat else ''}, which leaves nothing of an answer. Raise "
+                f"it, or set it to null{', or model.language.chat_template to false' if self._chat else ''}."
             )
         return Text(tuple(ids[: self._limit]), len(prompt_ids), self._instruction_ids(asked))
 

@@ -44,7 +44,8 @@ class VisionConfig:
     """Windows that go through the tower together; bounds its memory."""
     allow: list[str] = field(default_factory=list)
     """Tensors of its folder, as patterns with * and ?, that may be missing (they stay random), unknown or of another
-    shape; all others that are end the command. open_clip's are loaded whole or not at all."""
+    shape; all others that are end the command. open_clip's and InstructBLIP's are loaded whole
+    or not at all."""
 
     @property
     def grid_side(self) -> int:

@@ -148,6 +148,11 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "/", "weights/"))
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, without its advice."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def missing_weights(setting: str, name: str) -> None:
     """Refuses a local folder or file of weights that is not there.
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from osm_lightning.model.frozen import first_line
 from osm_lightning.model.load_report import LoadReport
 from osm_lightning.model.mapped import read_folder
 
@@ -151,7 +152,7 @@ def _folder_of(name: str, setting: str) -> Path:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{setting} is {name!r}, which is no folder here, and the hub does not give it ({type(error).__name__}: "
-            f"{_first_line(error)}). Without a network, download it elsewhere and give its folder."
+            f"{first_line(error)}). Without a network, download it elsewhere and give its folder."
         ) from error
     return fetched
 
@@ -163,7 +164,7 @@ def _config(path: Path, setting: str) -> Any:
     try:
         content = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{setting}: {path} has no readable config.json ({_first_line(error)}).") from error
+        raise ValueError(f"{setting}: {path} has no readable config.json ({first_line(error)}).") from error
     if content.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{setting}: {path} is a {content.get('model_type')!r} by its config.json, but must be an {MODEL_TYPE!r}."
@@ -171,7 +172,7 @@ def _config(path: Path, setting: str) -> Any:
     try:
         return InstructBlipConfig.from_dict(content)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{setting}: the config.json of {path} cannot be used ({_first_line(error)}).") from error
+        raise ValueError(f"{setting}: the config.json of {path} cannot be used ({first_line(error)}).") from error
 
 
 def _plain_name(name: str) -> str:
@@ -182,7 +183,3 @@ def _plain_name(name: str) -> str:
 
 def _below_head(name: str, names: Mapping[str, Any]) -> str:
     return f"model.{name}" if f"model.{name}" in names else name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

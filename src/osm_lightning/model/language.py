@@ -65,17 +65,17 @@ class LanguageModel(OwnsFrozen):
                 kind = AutoModelForCausalLM
                 model, self.report = load_pretrained(kind, config.name, "language.name", "LLM", allow=config.allow)
         if config.lora is not None:
-            check_targets(model.get_decoder().layers, config.lora.targets, LORA)
+            check_targets(_blocks(model), config.lora.targets, LORA)
         complete = partial(_complete, config.lora, shard)
         if config.quantize is None:
             self.llm = freeze(cast("nn.Module", model))
-            blocks = model.get_decoder().layers
+            blocks = _blocks(model)
             self.identity = place(self.llm, blocks, torch_dtype(config.dtype), complete)
         else:
             self.identity = fingerprint(model)  # of what the folder holds, so that it is the same in any precision
             model = load_quantized(config)
             self.llm = freeze(cast("nn.Module", model))
-            blocks = model.get_decoder().layers
+            blocks = _blocks(model)
             for block in blocks:
                 complete(block)
         has_dropout = config.lora is not None and config.lora.dropout > 0
@@ -151,6 +151,21 @@ class LanguageModel(OwnsFrozen):
         if scale != 1.0:
             logits_PV = logits_PV * scale
         return logits_PV if cap is None else torch.tanh(logits_PV / cap) * cap
+
+
+def _blocks(model: Any) -> Any:
+    """Its transformer blocks.
+
+    Raises:
+        ValueError: they are not where Llama and its followers have them.
+    """
+    blocks = getattr(model.get_decoder(), "layers", None)
+    if blocks is None:
+        raise ValueError(
+            f"the LLM is a {model.config.model_type!r}, whose decoder has no `layers` as Llama's, Qwen's, Mistral's, "
+            "Gemma's and most others have. Set model.language.name to one of those."
+        )
+    return blocks
 
 
 def _complete(lora: LoraConfig | None, shard: Shard | None, block: nn.Module) -> None:

@@ -14,7 +14,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from osm_lightning.model.frozen import missing_weights
+import torch
+
+from osm_lightning.model.frozen import first_line, missing_weights
 from osm_lightning.model.load_report import LoadReport, is_known_extra
 
 
@@ -53,8 +55,10 @@ def load_pretrained(
             "would run the code in it, which is never done. Use a folder of safetensors."
         ) from error
     except (OSError, EOFError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(
-            f"{setting} is {name!r}, which cannot be loaded ({_first_line(error)}). {_advice(name)}"
+            f"{setting} is {name!r}, which cannot be loaded ({first_line(error)}). {_advice(name)}"
         ) from error
     report = _report(model, info, name, part, besides)
     problems = report.problems(allow)
@@ -80,7 +84,7 @@ def model_type(name: str, setting: str) -> str:
         return str(PreTrainedConfig.get_config_dict(name)[0]["model_type"])
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{setting} is {name!r}, of which no config.json says what it is ({_first_line(error)}). {_advice(name)}"
+            f"{setting} is {name!r}, of which no config.json says what it is ({first_line(error)}). {_advice(name)}"
         ) from error
 
 
@@ -123,9 +127,5 @@ def _report(model: Any, info: dict[str, Any], name: str, part: str, besides: Seq
 
 def _advice(name: str) -> str:
     if Path(name).is_dir():
-        return "The folder is broken or incomplete: download it again."
+        return "Is the folder broken or incomplete, or of a model that transformers does not have?"
     return "Give a folder as the hub has it, or a hub id where there is a network."
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -120,7 +120,9 @@ class KeepConfig(SaveConfigCallback):
         for key in self.PER_CALL:
             config.pop(key, None)
         text = self.parser.dump(config, skip_unset=False, skip_validation=True)
-        cast("OSMTask", pl_module).config_text = text
+        config["model.allow"] = None  # what this run began without, its checkpoints have
+        kept = self.parser.dump(config, skip_unset=False, skip_validation=True)
+        cast("OSMTask", pl_module).config_text = kept
         log_dir = trainer.log_dir  # which all ranks must ask for: rank 0 broadcasts it
         if trainer.is_global_zero and log_dir is not None:
             folder = Path(log_dir)

@@ -33,7 +33,7 @@ from osm_lightning.training.sharding import Sharding
 from osm_lightning.training.strategies import register_strategies
 from osm_lightning.weights.build import build_model
 from osm_lightning.weights.checkpoint import CONTENT_KEY, PREFIX, Checkpoint, read_checkpoint
-from osm_lightning.weights.trained import check_tensors, copy_into
+from osm_lightning.weights.trained import check_adapters, check_tensors, copy_into
 
 register_strategies()
 
@@ -108,7 +108,7 @@ class OSMTask(lightning.LightningModule):
             return
         strategy = self.trainer.strategy
         sharding = strategy if isinstance(strategy, Sharding) else None
-        shard = None if sharding is None else sharding.shard_block
+        shard = sharding.shard_block if sharding is not None and sharding.lockstep.together else None
         compiled = self.compile_blocks and self.trainer.state.fn == "fit"
         if compiled and sharding is not None:
             sharding.check_compiling()
@@ -147,6 +147,7 @@ class OSMTask(lightning.LightningModule):
                 f"{', '.join(self.osm.modes.names)}: a run goes on with the modes that it began with. To start a new "
                 "one from what was trained, give --model.weights instead of --ckpt."
             )
+        check_adapters(self.osm, content)
         rank_zero_info(check_tensors(self.osm, content.tensors, content.frozen).line())
 
     # Training -----------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ The trained parts of an OSM model, which names whatever is inside a segmentation
 
 | | |
 |---|---|
-| trained | {num_parameters:,} parameters, {num_bytes:,} bytes (`model.safetensors`) |
+| weights | {num_parameters:,} parameters, {num_bytes:,} bytes (`model.safetensors`) |
 | modes | {", ".join(modes)} |
 | trained on | {trained_on or ", ".join(config["data"]["sources"])} |
 | input | {model["vision"]["image_size_px"]} px in windows of {model["vision"]["window_size_px"]} px |{_adapters(model)}

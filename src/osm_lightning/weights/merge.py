@@ -58,7 +58,8 @@ def merge(model: OSM, checkpoint: Checkpoint, out: Path) -> Checkpoint:
     fold_adapters(model.qformer)
     content["model"]["qformer"]["lora"] = None
     if fold_adapters(llm):
-        content["model"]["language"] |= {"name": OWN + LANGUAGE_FOLDER, "architecture": None, "lora": None}
+        own = {"name": OWN + LANGUAGE_FOLDER, "architecture": None, "lora": None, "quantize": None}
+        content["model"]["language"] |= own
         frozen["language"] = fingerprint(llm)
         used = tokenizers_of(yaml.safe_load(checkpoint.config)["model"])
         tokenizer = next(name for part, _, name in used if part == "language")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from osm_lightning.batch import AGNOSTIC
@@ -60,11 +61,12 @@ def check_tensors(
         )
     here = model.frozen_identity()
     for part, identity in frozen.items():
-        if here[part] != identity and not any(fnmatchcase(part, pattern) for pattern in allow):
-            raise ValueError(
-                f"the checkpoint was trained with another frozen {part} part ({identity}, here {here[part]}). Give "
-                f"model.{part} the weights that it was trained with."
-            )
+        if here[part] == identity:
+            continue
+        said = f"the checkpoint was trained with another frozen {part} part ({identity}, here {here[part]})"
+        if not any(fnmatchcase(part, pattern) for pattern in allow):
+            raise ValueError(f"{said}. Give model.{part} the weights that it was trained with.")
+        warnings.warn(f"{said}, which model.allow lets through.", stacklevel=3)
     return report
 
 
@@ -92,6 +94,7 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into, all
         for table in MODE_TABLES:
             if table in tensors and len(tensors[table]) == len(checkpoint.modes):
                 tensors[table] = tensors[table][rows]
+    check_adapters(model, checkpoint)
     fresh = _fresh_adapters(model, tensors)
     tensors = _beside_adapters(model, tensors)
     report = check_tensors(model, tensors, checkpoint.frozen, fresh, allow)
@@ -101,6 +104,25 @@ def load_trained(model: OSM, checkpoint: Checkpoint, fill: Fill = copy_into, all
             if name not in report.surprises:
                 fill(parameters[name], tensor)
     return report
+
+
+def check_adapters(model: OSM, checkpoint: Checkpoint) -> None:
+    """Checks that adapters add as much as they did when they were trained, which no shape tells.
+
+    Raises:
+        ValueError: alpha / rank is another one.
+    """
+    parts = (yaml.safe_load(checkpoint.config) or {}).get("model") or {}
+    for part, here in (("qformer", model.qformer.config.lora), ("language", model.language.config.lora)):
+        before = (parts.get(part) or {}).get("lora") if isinstance(parts, dict) else None
+        if here is None or before is None:
+            continue
+        scale, was = here.alpha / here.rank, before["alpha"] / before["rank"]
+        if scale != was:
+            raise ValueError(
+                f"model.{part}.lora multiplies what its adapters add by alpha / rank = {scale:g}, but those of the "
+                f"checkpoint were trained with {was:g}. Set model.{part}.lora.alpha to {was * here.rank:g}."
+            )
 
 
 def _fresh_adapters(model: OSM, tensors: Mapping[str, Tensor]) -> set[str]:
