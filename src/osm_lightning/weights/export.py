@@ -111,11 +111,12 @@ Where the frozen weights lie elsewhere than the table says, add `--model.vision.
 
 def _adapters(model: dict[str, Any]) -> str:
     """The table's rows on LoRA, where there is any."""
-    parts = (("Q-Former", model["qformer"].get("lora")), ("LLM", model["language"].get("lora")))
+    parts = (("Q-Former", "qformer"), ("LLM", "language"))
+    loras = [(part, (model.get(key) or {}).get("lora")) for part, key in parts]
     return "".join(
         f"\n| LoRA | rank {lora['rank']} beside the {part}'s {', '.join(lora['targets'])}; folded in by "
         "`osm weights merge` |"
-        for part, lora in parts
+        for part, lora in loras
         if lora is not None
     )
 
