@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from osm_lightning.__main__ import main
 from osm_lightning.commands import weights
 from osm_lightning.weights.registry import SETS
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
+import fabricate
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -29,13 +33,21 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INSTEAD = {"configs/model/mini.yaml": "configs/model/tiny.yaml"}
 """Words of a command, and what makes it small."""
 
+TUNE = ("osm", "fit", "--ckpt", "models/released")
 MORE: dict[tuple[str, ...], str] = {
+    TUNE: "--data.masks_per_epoch 72 --data.num_workers 0 --data.sources.coco.val null --trainer.accelerator cpu "
+    "--trainer.precision 32",
     ("osm", "fit"): "--data.masks_per_epoch 72 --trainer.limit_val_batches 2 --trainer.precision 32",
     ("osm", "validate"): "--trainer.limit_val_batches 2",
 }
 """What is added to a command to make it small."""
 
 LEAVES = {
+    TUNE: ["runs/*/checkpoints/last.ckpt"],
+    ("osm", "weights", "import"): ["models/released/model.safetensors", "models/released/load_report.json"],
+    ("osm", "weights", "merge"): ["models/tuned/model.safetensors", "models/tuned/language/model.safetensors"],
+    ("osm", "weights", "export"): ["osm_tuned.pt"],
+    ("osm", "predict", "--ckpt", "models/released"): ["released/predictions.jsonl"],
     ("osm", "predict"): ["named/predictions.jsonl", "named/predictions.coco.json", "named/overlay/*.png"],
     ("osm", "shards", "build", "photos.yaml"): ["data_shards/mine/index.json", "data_shards/mine/train-00000.tar"],
     ("osm", "shards", "browse"): ["page.html"],
@@ -142,6 +154,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "masks").symlink_to("COCO/annotations/panoptic_train2017")
     (folder / "photo.jpg").symlink_to("COCO/train2017/000000000001.jpg")
     write_model(folder / "models" / "mini-coco", tmp_path_factory.mktemp("scratch"))
+    hub = fabricate.instructblip(folder / "instructblip-vicuna-7b")
+    fabricate.save_released(fabricate.released(hub), folder / "osm_final.pt")
     return folder
 
 
