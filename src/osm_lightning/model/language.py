@@ -48,22 +48,12 @@ class LanguageModel(OwnsFrozen):
                 the LLM has not.
         """
         super().__init__()
-        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
         self.config = config
         if config.quantize is not None:
             check_quantization(config, sharded=shard is not None)
         if config.lora is not None:
             config.lora.check(LORA)
-        if config.architecture is not None:
-            model: Any = LlamaForCausalLM(LlamaConfig(**config.architecture))
-        else:
-            missing_weights("language.name", config.name)
-            if is_instructblip(config.name):
-                model, self.report = open_instructblip(config.name, "language.name").language_model()
-            else:
-                kind = AutoModelForCausalLM
-                model, self.report = load_pretrained(kind, config.name, "language.name", "LLM", allow=config.allow)
+        model, self.report = _load(config)
         if config.lora is not None:
             check_targets(_blocks(model), config.lora.targets, LORA)
         complete = partial(_complete, config.lora, shard)
@@ -151,6 +141,18 @@ class LanguageModel(OwnsFrozen):
         if scale != 1.0:
             logits_PV = logits_PV * scale
         return logits_PV if cap is None else torch.tanh(logits_PV / cap) * cap
+
+
+def _load(config: LanguageConfig) -> tuple[Any, LoadReport | None]:
+    """The LLM as its folder holds it, or with random weights, of which there is nothing to report."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    if config.architecture is not None:
+        return LlamaForCausalLM(LlamaConfig(**config.architecture)), None
+    missing_weights("language.name", config.name)
+    if is_instructblip(config.name):
+        return open_instructblip(config.name, "language.name").language_model()
+    return load_pretrained(AutoModelForCausalLM, config.name, "language.name", "LLM", allow=config.allow)
 
 
 def _blocks(model: Any) -> Any:
