@@ -16,7 +16,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -33,7 +32,7 @@ from osm_lightning.training.callbacks import KeepConfig, Throughput, WriteScores
 from osm_lightning.training.cluster import check_port, check_tasks, label_messages, meeting, told_once
 from osm_lightning.training.engine_state import SavesTogether, WholeFiles, WritesBeside
 from osm_lightning.training.guards import GradientGuard
-from osm_lightning.training.interrupt import Interrupt
+from osm_lightning.training.interrupt import Interrupt, do_not_listen
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
 from osm_lightning.training.write_predictions import WritePredictions, naming_plan
@@ -174,18 +173,12 @@ class OSMCLI(LightningCLI):
             if trainer.loggers:
                 trainer.callbacks.append(LearningRateMonitor("step"))
             if not trainer.fast_dev_run:
-                self._save_when_interrupted(trainer)
+                interrupt = Interrupt(self.run_folder / "checkpoints" / "last.ckpt")
+                interrupt.listen()
+                trainer.callbacks.append(interrupt)
         # Lightning wants checkpoint callbacks last.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))
         return trainer
-
-    def _save_when_interrupted(self, trainer: Trainer) -> None:
-        environment = trainer.strategy.cluster_environment if trainer.world_size > 1 else None
-        if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = False  # Lightning's own saves within the signal's handler
-        interrupt = Interrupt(self.run_folder / "checkpoints" / "last.ckpt")
-        interrupt.listen()
-        trainer.callbacks.append(interrupt)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         own = config.get("callbacks") or []
@@ -211,6 +204,7 @@ class OSMCLI(LightningCLI):
                 "trainer.strategy ddp."
             )
         check_port(trainer)
+        do_not_listen(trainer)
         return trainer
 
     def instantiate_classes(self) -> None:

@@ -112,6 +112,10 @@ class LocalSlurm:
         """Ends what is still running of it: jobs first, then the daemons."""
         self._run("scancel", "--signal=KILL", "--full", "--user=root", check=False)
         self._run("scancel", "--user=root", check=False)
+        for _ in range(600):  # KillWait, and some: a daemon that is ended before its jobs leaves their processes behind
+            if not self._run("squeue", "--noheader", check=False).stdout:
+                break
+            time.sleep(0.1)
         for pid_file in sorted(self.folder.glob("*.pid"), key=lambda path: path.name == "munged.pid"):
             try:
                 pid = int(pid_file.read_text())

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from osm_lightning.batch import MaskBatch
 from osm_lightning.training.engine_state import WholeFiles, WritesBeside
 from osm_lightning.training.guards import GradientGuard
-from osm_lightning.training.interrupt import Interrupt
+from osm_lightning.training.interrupt import Interrupt, do_not_listen
 from osm_lightning.training.task import OSMTask
 from osm_lightning.training.watch import WatchRanks
 from osm_lightning.weights.sharded import whole
@@ -93,6 +93,7 @@ def fit(
     interruptible: bool = False,
     poisoned: Mapping[int, Sequence[int]] = MappingProxyType({}),
     slow_disk_s: float = 0.0,
+    late_data_s: Mapping[int, float] = MappingProxyType({}),
     beside: bool = False,
     **settings: Any,
 ) -> None:
@@ -109,6 +110,7 @@ def fit(
         interruptible: save when a signal comes, instead of every second step.
         poisoned: from a rank to the numbers of its batches that are made useless.
         slow_disk_s: how long the disk takes to have a file for good.
+        late_data_s: from a rank to how long it waits for its data before it can begin; it leaves word that it does.
         beside: write checkpoints while training goes on, as --async_save does.
         settings: the trainer's.
     """
@@ -130,6 +132,9 @@ def fit(
         saving = [Interrupt(folder / "last.ckpt"), *saving[1:]]
         saving[0].listen()
     rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if rank in late_data_s:
+        make = data.train_dataloader
+        data.train_dataloader = lambda: (late_path(folder).touch(), time.sleep(late_data_s[rank]), make())[2]
     loop = trainer(
         folder,
         max_epochs=2,
@@ -147,6 +152,7 @@ def fit(
         ],
         **settings,
     )
+    do_not_listen(loop)
     saved = whole(folder / "last.ckpt")
     loop.fit(task, datamodule=data, ckpt_path=None if saved is None else str(saved), weights_only=True)
     at_end = trained(task)
@@ -162,6 +168,11 @@ def diary_path(folder: Path, rank: int = 0) -> Path:
 def met_path(folder: Path) -> Path:
     """A file that is there once the ranks of a run have met."""
     return folder / "met"
+
+
+def late_path(folder: Path) -> Path:
+    """A file that is there once a rank waits for data that come late."""
+    return folder / "late"
 
 
 def diary(folder: Path, rank: int = 0) -> dict[int, tuple[str, ...]]:

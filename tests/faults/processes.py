@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import diary, diary_path, fit, met_path
+from fitting import diary, diary_path, fit, late_path, met_path
 
 from osm_lightning.weights.sharded import partial_of
 
@@ -67,6 +67,10 @@ class Fit:
     def wait_for_meeting(self) -> None:
         """Waits until the ranks watch each other, or one has ended."""
         self._wait_until(met_path(self.folder).exists)
+
+    def wait_for_late_data(self) -> None:
+        """Waits until a rank waits for data that come late, or one has ended."""
+        self._wait_until(late_path(self.folder).exists)
 
     def wait_for_save(self) -> None:
         """Waits until a checkpoint has been begun, or a rank has ended."""

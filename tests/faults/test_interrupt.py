@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_all_ranks_stop_when_one_is_asked(tmp_path, wholes, strategy, rank):
     settings = {"ranks": 2, "strategy": strategy}
     for after_lines in (5, 6):
         assert asked_to_stop(tmp_path, signal.SIGTERM, after_lines, to=(rank,), **settings) == [143, 143]
+    finish(tmp_path, interruptible=True, **settings)
+    same(tmp_path, wholes(**settings), ranks=2)
+
+
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_ranks_that_still_wait_for_their_first_batch_stop_at_the_first_step(tmp_path, wholes, strategy):
+    settings = {"ranks": 2, "strategy": strategy}
+    run = Fit(tmp_path, interruptible=True, late_data_s={1: 8}, **settings)
+    run.wait_for_late_data()
+    time.sleep(2)  # rank 0 is within a collective by now, where it waits for rank 1
+    run.signal(signal.SIGTERM, 0, 1)
+    assert run.wait() == [143, 143], run.said() + run.said(1)
+    assert lines(tmp_path) == 1
     finish(tmp_path, interruptible=True, **settings)
     same(tmp_path, wholes(**settings), ranks=2)
 

@@ -67,6 +67,17 @@ def test_killed_prediction_goes_on(photos: Path, whole: dict[str, bytes], tmp_pa
     assert files(tmp_path / "out") == whole
 
 
+def test_a_prediction_that_is_asked_to_end_ends_at_once(photos: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run = Prediction(photos, out, slow_s=0.2)
+    assert run.wait_for_images(3)
+    run.processes[0].terminate()
+    assert run.wait() == [-signal.SIGTERM]
+    assert len(names(out)) < NUM_IMAGES
+    finish(photos, out)
+    assert files(out) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_twenty_kills_change_nothing(photos: Path, whole: dict[str, bytes], tmp_path: Path, seed: int) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,8 +35,20 @@ class Interrupted(SystemExit):
         self.stop = stop
 
 
+def do_not_listen(trainer: Trainer) -> None:
+    """Keeps Lightning from listening for signals, before it runs anything.
+
+    Its handler for SIGTERM calls a collective: where one rank gets the signal while it waits for its first batch, and
+    another is within a collective, theirs meet, and both wait for ever. A prediction would go on as if nothing was; so
+    it ends at once, as a validation does. On Slurm, Lightning's handler for SIGUSR1 saves within itself.
+    """
+    cast("Any", trainer)._signal_connector.register_signal_handlers = lambda: None
+
+
 class Interrupt(Callback):
     """Saves, requeues and stops on SIGUSR1, SIGTERM and SIGINT; a second SIGINT stops at once.
+
+    The trainer itself must not listen (`do_not_listen`).
 
     In training the checkpoint is written at the next optimizer step. Validation may take longer than there is time, and
     its ranks are not at the same batch: so it begins with a checkpoint, from which a resumed run validates anew, and a
@@ -55,7 +67,7 @@ class Interrupt(Callback):
         self._validation_is_due = False
 
     def listen(self) -> None:
-        """Takes the signals over, with one that has waited since the command began (`__main__.py`)."""
+        """Takes the signals, with one that has waited since the command began (`__main__.py`)."""
         for stop in STOPS:
             signal.signal(stop, self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -70,9 +82,8 @@ class Interrupt(Callback):
         os.write(2, f"{rank_label()}{signal.Signals(number).name}: saving at the next step.{hint}\n".encode())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals back from Lightning, whose handler for SIGTERM calls a collective."""
+        """Takes note of where it begins."""
         self._step = trainer.global_step
-        self.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: MaskBatch, batch_idx: int
